@@ -1,0 +1,1 @@
+"""Generative functions made of generative functions, one file each."""

@@ -1,0 +1,471 @@
+r"""`Map`: a generative function over the elements of its arguments, independently.
+
+With inner density p(t; x) and n elements,
+
+    p(t_1, …, t_n; x_1, …, x_n) = Π_i p(t_i; x_i),   retval (f(t_1, x_1), …, f(t_n, x_n)) stacked,
+
+so scores and weights are sums over the elements. Choices are those of the inner function, with a leading axis of n.
+Constraints may be given for all elements (arrays with that axis) or for some (`VectorChoiceMap` with indices).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core.scope import DenyList
+
+from gjflax.core.choice_map import (
+    ChoiceMap,
+    EmptyChoiceMap,
+    VectorChoiceMap,
+    choice_map,
+    vector,
+)
+from gjflax.core.diff import Diff, unknown_change
+from gjflax.core.errors import ArgumentError, ChoiceMapError, ChoiceShapeError, SelectionError, show_address
+from gjflax.core.context import current_address
+from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.pytree import static_field
+from gjflax.core.selection import Selection
+from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.typing import Arguments, PRNGKey, Score
+
+_SOWN = ("intermediates", "diagnostics")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MapTrace(Trace):
+    """The traces of the elements, as one trace with a leading axis."""
+
+    gen_fn: Any = static_field()
+    args: Any
+    inner: Trace
+    length: int = static_field()
+
+    def get_gen_fn(self) -> Any:
+        return self.gen_fn
+
+    def get_args(self) -> Arguments:
+        return plain(self.args)
+
+    def get_retval(self) -> Any:
+        return self.inner.get_retval()
+
+    def get_score(self) -> Score:
+        return _sum_elements(self.inner.get_score())
+
+    def project(self, selection: Selection) -> Score:
+        if not selection.mentions_indices:
+            return _sum_elements(self.inner.project(selection))
+        parts = [
+            self.inner.project(subselection)[..., positions]
+            for subselection, positions in self._by_selection(selection)
+            if not subselection.is_empty and jnp.ndim(self.inner.project(subselection))
+        ]
+        return total([_sum_elements(part) for part in parts])
+
+    def strip(self) -> ChoiceMap:
+        return vector(range(self.length), self.inner.strip())
+
+    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
+        return self.inner.leaves(prefix)
+
+    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        choices, log_det = jax.vmap(lambda inner: inner.unconstrain(selection))(self.inner)
+        return vector(range(self.length), choices), jnp.sum(log_det)
+
+    def get_subtree(self, address: Any) -> Any:
+        return self.strip().get_subtree(address)
+
+    def _by_selection(self, selection: Selection) -> list[tuple[Selection, np.ndarray]]:
+        """The elements grouped by what is selected in them."""
+        groups: dict[Selection, list[int]] = {}
+        for index in range(self.length):
+            groups.setdefault(selection[index], []).append(index)
+        return [(subselection, np.asarray(positions)) for subselection, positions in groups.items()]
+
+
+def _sum_elements(scores: Any) -> Any:
+    """The sum over the map's own axis, the last one: what stands before it are axes of a batch of traces."""
+    return jnp.sum(scores, axis=-1) if jnp.ndim(scores) else scores
+
+
+class Map(GenerativeFunction):
+    """A generative function over the elements of its arguments. See the text of this file.
+
+    Attributes:
+      inner: the generative function of one element. Its parameters are those of the map: a model can be trained
+        mapped and used on one element.
+      in_axes: which axis of each argument is mapped, as in ``jax.vmap``: an int for all, or a tuple with an int, None
+        or a pytree of these for each argument. By default axis 0 of every argument, or none where `repeats` is given.
+      repeats: the number of elements, where no argument says it.
+      variable_axes: axes of Flax collections, as in ``nn.vmap``: ``{"params": 0}`` gives every element parameters
+        of its own. Other collections are shared.
+      split_rngs: as in ``nn.vmap``. By default all streams but "params" are split; where "params" has an axis
+        it must be split too.
+
+    Raises:
+      ArgumentError: if the axes do not fit the arguments, or the mapped axes have different lengths.
+
+    >>> import gjflax, jax, jax.numpy as jnp
+    >>> points = gjflax.Map(gjflax.Normal, in_axes=(0, None))
+    >>> key, tr = points.simulate(jax.random.key(0), (jnp.arange(3.0), 1.0))
+    >>> tr.strip()
+    VectorChoiceMap
+    ├── indices: i32[3]
+    └── inner: f32[3]
+    """
+
+    inner: Any
+    in_axes: Any = None
+    repeats: int | None = None
+    variable_axes: Any = None
+    split_rngs: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, GenerativeFunction):
+            raise ArgumentError(f"`Map` maps a generative function; got {self.inner!r:.80}. Is @gen missing?")
+        repeats = self.repeats
+        if repeats is not None and (not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1):
+            raise ArgumentError(f"`repeats` is a positive integer; got {repeats!r}.")
+        # Lists and dicts do not hash, and a module that does not hash cannot be a static part of a trace.
+        for name in ("in_axes", "variable_axes", "split_rngs"):
+            object.__setattr__(self, name, _hashable(getattr(self, name)))
+        super().__post_init__()
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.inner)
+
+    # The interface ----------------------------------------------------------------------------------------------
+
+    def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, MapTrace]:
+        length = self._length(args)
+        key, keys = _split(key, length)
+        inner = self._lifted(_simulate, length, (0, self._axes(args)))(self.inner, keys, args)
+        return key, self._trace(args, inner, length)
+
+    def importance(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
+    ) -> tuple[PRNGKey, tuple[Score, MapTrace]]:
+        length = self._length(args)
+        key, keys = _split(key, length)
+        given, indices = self._elements(choices, length)
+        function = _with_options(_importance, strict)
+        if indices is None:
+            axes = (0, 0, self._axes(args))
+            weights, inner = self._lifted(function, length, axes)(self.inner, keys, given, args)
+            return key, (_sum_elements(weights), self._trace(args, inner, length))
+        # All elements are drawn from the prior; those that are given something are run again under it.
+        inner = self._lifted(_simulate, length, (0, self._axes(args)))(self.inner, keys, args)
+        key, keys = _split(key, indices.shape[0])
+        some = self._lifted(function, indices.shape[0], (0, 0, self._axes(args)))
+        weights, constrained = some(self.inner, keys, given, self._take(args, indices))
+        return key, (_sum_elements(weights), self._trace(args, _write(inner, constrained, indices), length))
+
+    def assess(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
+    ) -> tuple[PRNGKey, tuple[Any, Score]]:
+        length = self._length(args)
+        given, indices = self._elements(choices, length)
+        if indices is not None:
+            raise ChoiceMapError(
+                f"`assess` needs the choices of all {length} elements of {show_address(current_address())}; the "
+                f"choice map gives {indices.shape[0]}, by index."
+            )
+        function = _with_options(_assess, strict)
+        keys = jax.random.split(key, length)
+        retval, scores = self._lifted(function, length, (0, 0, self._axes(args)))(self.inner, keys, given, args)
+        return key, (plain(retval), _sum_elements(scores))
+
+    def update(
+        self,
+        key: PRNGKey,
+        trace: MapTrace,
+        choices: ChoiceMap,
+        argdiffs: Arguments,
+        *,
+        param_diff: Any = unknown_change,
+        strict: bool = True,
+    ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace, ChoiceMap]]:
+        args = Diff.primal(argdiffs)
+        length = self._same_length(args, trace)
+        key, keys = _split(key, length)
+        given, indices = self._elements(choices, length)
+        axes = (0, 0, 0, self._axes(args))
+        function = _with_options(_update, strict, param_diff)
+        if indices is None:
+            weights, inner, discard = self._lifted(function, length, axes)(self.inner, keys, trace.inner, given, args)
+            discard = vector(range(length), discard)
+        else:
+            everywhere = self._lifted(_with_options(_update, True, param_diff), length, axes)
+            weights, inner, _ = everywhere(self.inner, keys, trace.inner, EmptyChoiceMap(), args)
+            key, keys = _split(key, indices.shape[0])
+            old = jax.tree.map(lambda leaf: leaf[indices], trace.inner)
+            some = self._lifted(function, indices.shape[0], axes)
+            changed = some(self.inner, keys, old, given, self._take(args, indices))
+            weights = jnp.broadcast_to(weights, (length,)).at[indices].set(changed[0])
+            inner = _write(inner, changed[1], indices)
+            discard = vector(choices.indices if isinstance(choices, VectorChoiceMap) else indices, changed[2])
+        new = self._trace(args, inner, length)
+        return key, (unknown_change(new.get_retval()), _sum_elements(weights), new, discard)
+
+    def regenerate(
+        self,
+        key: PRNGKey,
+        trace: MapTrace,
+        selection: Selection,
+        argdiffs: Arguments,
+        *,
+        param_diff: Any = unknown_change,
+    ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace]]:
+        args = Diff.primal(argdiffs)
+        length = self._same_length(args, trace)
+        self._check_indices(selection, length)
+        groups = trace._by_selection(selection) if selection.mentions_indices else [(selection, np.arange(length))]
+        inner, weights = trace.inner, jnp.zeros((length,))
+        for subselection, positions in groups:
+            key, keys = _split(key, len(positions))
+            function = _with_options(_regenerate(subselection), True, param_diff)
+            old = jax.tree.map(lambda leaf, at=positions: leaf[at], trace.inner)
+            taken = args if len(groups) == 1 else self._take(args, positions)
+            lifted = self._lifted(function, len(positions), (0, 0, self._axes(args)))
+            part_weights, part = lifted(self.inner, keys, old, taken)
+            weights = part_weights if len(groups) == 1 else weights.at[positions].set(part_weights)
+            inner = part if len(groups) == 1 else _write(inner, part, positions)
+        new = self._trace(args, inner, length)
+        return key, (unknown_change(new.get_retval()), _sum_elements(weights), new)
+
+    def constrain(
+        self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
+    ) -> tuple[ChoiceMap, Score]:
+        length = self._length(args)
+        given, indices = self._elements(unconstrained, length)
+        held, held_indices = self._elements(choice_map(fixed), length)
+        if indices is not None or held_indices is not None:
+            raise ChoiceMapError("`constrain` maps the choices of all elements of a `Map`; they were given by index.")
+        choices, log_det = self._lifted(_constrain, length, (0, 0, self._axes(args)))(self.inner, given, held, args)
+        return vector(range(length), choices), _sum_elements(log_det)
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    @nn.nowrap
+    def _trace(self, args: Arguments, inner: Trace, length: int) -> MapTrace:
+        return MapTrace(self.as_unbound(), canonical(args), inner, length)
+
+    @nn.nowrap
+    def _axes(self, args: Arguments) -> tuple[Any, ...]:
+        """The mapped axis of each argument."""
+        axes = _thawed(self.in_axes)
+        if axes is None:
+            axes = 0 if self.repeats is None else None
+        if axes is None or isinstance(axes, int):
+            return (axes,) * len(args)
+        if not isinstance(axes, tuple) or len(axes) != len(args):
+            raise ArgumentError(
+                f"`in_axes` of the Map at {show_address(current_address())} is {axes}, and there are {len(args)} arguments: "
+                "give an int for all, or a tuple with one entry for each."
+            )
+        return axes
+
+    @nn.nowrap
+    def _length(self, args: Arguments) -> int:
+        """The number of elements."""
+        lengths: dict[str, int] = {}
+        for position, (axis, argument) in enumerate(zip(self._axes(args), args, strict=True)):
+            for path, leaf, leaf_axis in _mapped_leaves(axis, argument, position):
+                shape = jnp.shape(leaf)
+                if not -len(shape) <= leaf_axis < len(shape):
+                    raise ArgumentError(
+                        f"`in_axes` maps axis {leaf_axis} of argument {path}, which has shape {shape}. Broadcast it "
+                        "with None in `in_axes`, or give `repeats` where no argument is mapped."
+                    )
+                lengths[path] = shape[leaf_axis]
+        if self.repeats is not None:
+            lengths["repeats"] = self.repeats
+        if not lengths:
+            raise ArgumentError(
+                f"The Map at {show_address(current_address())} maps no argument, so its length is unknown: "
+                "give `in_axes` with an axis, or `repeats`."
+            )
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{path}: {length}" for path, length in lengths.items())
+            raise ArgumentError(f"The mapped arguments of a Map have different lengths ({listed}).")
+        return next(iter(lengths.values()))
+
+    @nn.nowrap
+    def _same_length(self, args: Arguments, trace: MapTrace) -> int:
+        length = self._length(args)
+        if length != trace.length:
+            raise ArgumentError(
+                f"The Map's trace at {show_address(current_address())} has {trace.length} elements, and its new arguments "
+                f"{length}: the structure of a trace does not change. Make a new trace with `importance`."
+            )
+        return length
+
+    @nn.nowrap
+    def _take(self, args: Arguments, indices: Any) -> Arguments:
+        """The arguments of some elements."""
+        def take(axis: Any, argument: Any) -> Any:
+            if axis is None:
+                return argument
+            if isinstance(axis, int):
+                return jax.tree.map(lambda leaf: jnp.take(jnp.asarray(leaf), indices, axis=axis), argument)
+            return jax.tree.map(take, axis, argument, is_leaf=lambda node: node is None)
+
+        return tuple(take(axis, argument) for axis, argument in zip(self._axes(args), args, strict=True))
+
+    @nn.nowrap
+    def _elements(self, choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
+        """The inner choices, with the elements on the leading axis; and the indices, None for all in order."""
+        if choices.is_empty():
+            return choices, None
+        if isinstance(choices, VectorChoiceMap):
+            if choices.covers(length):
+                return choices.inner, None
+            indices = choices.static_indices
+            if indices is not None and max(indices) >= length:
+                raise ChoiceMapError(
+                    f"The choice map gives element {max(indices)} of {show_address(current_address())}, which has "
+                    f"{length} elements (0 to {length - 1})."
+                )
+            return choices.inner, jnp.asarray(choices.index_array())
+        for address in choices.addresses():
+            for leaf in jax.tree.leaves(choices.get_subtree(address).get_value()):
+                if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
+                    raise ChoiceShapeError(
+                        f"The value given for {show_address((*current_address(), *address))} has shape "
+                        f"{jnp.shape(leaf)}; below this Map every value has a leading axis of {length}, one entry for "
+                        "each element."
+                    )
+        return jax.tree.map(jnp.asarray, choices), None
+
+    @nn.nowrap
+    def _check_indices(self, selection: Selection, length: int) -> None:
+        beyond = [part for part, _ in getattr(selection, "children", ()) if isinstance(part, int) and part >= length]
+        if beyond:
+            raise SelectionError(f"The selection names element {beyond[0]} of a Map of {length} elements.")
+
+    @nn.nowrap
+    def _lifted(self, function: Callable[..., Any], length: int, in_axes: tuple[Any, ...]) -> Callable[..., Any]:
+        if not self.inner.needs_variables:
+            return lambda inner, *args: jax.vmap(
+                lambda *element: function(inner, *element), in_axes=in_axes, axis_size=length
+            )(*args)
+        own_axes = dict(_thawed(self.variable_axes) or {})
+        sown = tuple(name for name in _SOWN if name not in own_axes)
+        variable_axes = {
+            **own_axes,
+            **dict.fromkeys(sown, 0),
+            DenyList((*own_axes, *sown)): None,
+        }
+        own_splits = dict(_thawed(self.split_rngs) or {})
+        if "params" not in own_splits:
+            own_splits["params"] = own_axes.get("params") is not None
+        split_rngs = {**own_splits, DenyList(tuple(own_splits)): True}
+        return nn.vmap(
+            function, variable_axes=variable_axes, split_rngs=split_rngs, in_axes=in_axes, axis_size=length
+        )
+
+
+def _split(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKey]:
+    key, below = jax.random.split(key)
+    return key, jax.random.split(below, count)
+
+
+def _write(full: Trace, part: Trace, indices: Any) -> Trace:
+    return jax.tree.map(lambda leaf, new: leaf.at[indices].set(new), full, part)
+
+
+def _simulate(inner: Any, key: Any, args: Any) -> Any:
+    return inner.simulate(key, args)[1]
+
+
+def _importance(inner: Any, key: Any, choices: Any, args: Any, **options: Any) -> Any:
+    return inner.importance(key, choices, args, **options)[1]
+
+
+def _assess(inner: Any, key: Any, choices: Any, args: Any, **options: Any) -> Any:
+    _, (retval, score) = inner.assess(key, choices, args, **options)
+    return canonical(retval), score
+
+
+def _update(inner: Any, key: Any, trace: Any, choices: Any, args: Any, **options: Any) -> Any:
+    argdiffs = Diff.mark(args, unknown_change)
+    _, (_, weight, trace, discard) = inner.update(key, trace, choices, argdiffs, **options)
+    return weight, trace, discard
+
+
+def _regenerate(selection: Selection) -> Callable[..., Any]:
+    def regenerate(inner: Any, key: Any, trace: Any, args: Any, **options: Any) -> Any:
+        argdiffs = Diff.mark(args, unknown_change)
+        _, (_, weight, trace) = inner.regenerate(key, trace, selection, argdiffs, **options)
+        return weight, trace
+
+    return regenerate
+
+
+def _constrain(inner: Any, unconstrained: Any, fixed: Any, args: Any) -> Any:
+    return inner.constrain(unconstrained, args, fixed=fixed)
+
+
+def _with_options(function: Callable[..., Any], strict: bool, param_diff: Any = unknown_change) -> Callable[..., Any]:
+    """The function with the options that differ from what every generative function assumes."""
+    options = {} if strict else {"strict": False}
+    if param_diff is not unknown_change:
+        options["param_diff"] = param_diff
+    return lambda *args: function(*args, **options)
+
+
+def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, Any, int]]:
+    """The leaves of an argument that are mapped, with their names and axes."""
+    if axis is None:
+        return []
+    if isinstance(axis, int):
+        paths = jax.tree_util.tree_flatten_with_path(argument)[0]
+        return [(f"{position}{jax.tree_util.keystr(path)}", leaf, axis) for path, leaf in paths]
+    try:
+        axes = jax.tree.map(
+            lambda one, part: jax.tree.map(lambda _: -1 if one is None else one, part),
+            axis,
+            argument,
+            is_leaf=lambda node: node is None,
+        )
+    except ValueError as error:
+        raise ArgumentError(f"`in_axes` does not have the structure of argument {position}: {error}") from error
+    paths = jax.tree_util.tree_flatten_with_path(argument)[0]
+    pairs = zip(paths, jax.tree.leaves(axes), strict=True)
+    return [(f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one != -1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frozen:
+    """A dict or list as a hashable value."""
+
+    kind: type
+    items: tuple[Hashable, ...]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _Frozen(dict, tuple((key, _hashable(child)) for key, child in value.items()))
+    if isinstance(value, list):
+        return _Frozen(list, tuple(_hashable(child) for child in value))
+    if isinstance(value, tuple):
+        return tuple(_hashable(child) for child in value)
+    return value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Frozen) and value.kind is dict:
+        return {key: _thawed(child) for key, child in value.items}  # pyright: ignore[reportGeneralTypeIssues]
+    if isinstance(value, _Frozen):
+        return [_thawed(child) for child in value.items]
+    if isinstance(value, tuple):
+        return tuple(_thawed(child) for child in value)
+    return value

@@ -1,0 +1,205 @@
+r"""`TrainCombinator`: a generative function whose last argument is learned.
+
+With inner density p(t; x, φ), the combinator has the density p(t; x, φ) with φ its parameters: they stand in the Flax
+collection "params", under their own names, and start from the values given. Unbound, the combinator runs with these
+initial values, or, given a trace, with those that the trace was made with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+
+from gjflax.core.choice_map import ChoiceMap
+from gjflax.core.diff import Change, Diff, unknown_change
+from gjflax.core.errors import ArgumentError
+from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.pytree import static_field
+from gjflax.core.selection import Selection
+from gjflax.core.trace import Trace
+from gjflax.core.typing import Arguments, PRNGKey, Score
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainTrace(Trace):
+    """The trace of the inner function, whose last argument are the parameters."""
+
+    gen_fn: Any = static_field()
+    inner: Trace
+
+    def get_gen_fn(self) -> Any:
+        return self.gen_fn
+
+    def get_args(self) -> Arguments:
+        """The arguments, and the parameters after them."""
+        return self.inner.get_args()
+
+    def get_retval(self) -> Any:
+        return self.inner.get_retval()
+
+    def get_score(self) -> Score:
+        return self.inner.get_score()
+
+    def project(self, selection: Selection) -> Score:
+        return self.inner.project(selection)
+
+    def strip(self) -> ChoiceMap:
+        return self.inner.strip()
+
+    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
+        return self.inner.leaves(prefix)
+
+    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        return self.inner.unconstrain(selection)
+
+    def get_subtree(self, address: Any) -> Any:
+        return self.inner.get_subtree(address)
+
+
+class FrozenParams:
+    """Initial parameters as a hashable value: equal where structure and numbers are."""
+
+    def __init__(self, tree: Any):
+        self.tree = jax.tree.map(lambda leaf: leaf, dict(tree))
+        leaves, self._structure = jax.tree.flatten(self.tree)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ArgumentError(
+                "`TrainCombinator`'s `params` are initial values, known while tracing; got a traced array. Pass trained "
+                "parameters with `bind` or `apply`."
+            )
+        self._numbers = tuple(
+            (str(array.dtype), array.shape, array.tobytes()) for array in map(np.asarray, leaves)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrozenParams):
+            return NotImplemented
+        return self._structure == other._structure and self._numbers == other._numbers
+
+    def __hash__(self) -> int:
+        return hash((self._structure, self._numbers))
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
+class TrainCombinator(GenerativeFunction):
+    """A generative function whose last argument is learned. See the text of this file.
+
+    Attributes:
+      inner: a generative function that takes a dict of parameters as its last argument. Parameters of its own are
+        in the same tree, under their own names.
+      params: the initial parameters, a dict of numbers, arrays or dicts of these.
+
+    >>> import gjflax, jax
+    >>> @gjflax.gen(gjflax.TrainCombinator, params={"mu": 0.5})
+    ... def model(params):
+    ...     return gjflax.trace("x", gjflax.Normal)(params["mu"], 1.0)
+    >>> key, tr = model.simulate(jax.random.key(0), ())
+    >>> variables = model.init(jax.random.key(0))
+    >>> float(variables["params"]["mu"])
+    0.5
+    """
+
+    inner: Any
+    params: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, GenerativeFunction):
+            raise ArgumentError(f"`TrainCombinator` takes a generative function; got {self.inner!r:.80}. Is @gen missing?")
+        if not isinstance(self.params, FrozenParams):
+            if not isinstance(self.params, Mapping) or not all(isinstance(name, str) for name in self.params):
+                raise ArgumentError(f"`params` is a dict of parameters by name; got {self.params!r:.80}.")
+            object.__setattr__(self, "params", FrozenParams(self.params))
+        super().__post_init__()
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.inner)
+        # Created here, so that every method that runs finds them, also under `init`.
+        self._current = self._read()
+
+    # The interface ----------------------------------------------------------------------------------------------
+
+    def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, TrainTrace]:
+        key, inner = self.inner.simulate(key, (*args, self._values()))
+        return key, self._trace(inner)
+
+    def importance(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, **options: Any
+    ) -> tuple[PRNGKey, tuple[Score, TrainTrace]]:
+        key, (weight, inner) = self.inner.importance(key, choices, (*args, self._values()), **options)
+        return key, (weight, self._trace(inner))
+
+    def assess(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, **options: Any
+    ) -> tuple[PRNGKey, tuple[Any, Score]]:
+        return self.inner.assess(key, choices, (*args, self._values()), **options)
+
+    def update(
+        self, key: PRNGKey, trace: TrainTrace, choices: ChoiceMap, argdiffs: Arguments, **options: Any
+    ) -> tuple[PRNGKey, tuple[Any, Score, TrainTrace, ChoiceMap]]:
+        argdiffs = self._with_params(trace, argdiffs, options.get("param_diff", unknown_change))
+        key, (retdiff, weight, inner, discard) = self.inner.update(key, trace.inner, choices, argdiffs, **options)
+        return key, (retdiff, weight, self._trace(inner), discard)
+
+    def regenerate(
+        self, key: PRNGKey, trace: TrainTrace, selection: Selection, argdiffs: Arguments, **options: Any
+    ) -> tuple[PRNGKey, tuple[Any, Score, TrainTrace]]:
+        argdiffs = self._with_params(trace, argdiffs, options.get("param_diff", unknown_change))
+        key, (retdiff, weight, inner) = self.inner.regenerate(key, trace.inner, selection, argdiffs, **options)
+        return key, (retdiff, weight, self._trace(inner))
+
+    def constrain(
+        self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
+    ) -> tuple[ChoiceMap, Score]:
+        return self.inner.constrain(unconstrained, (*args, self._values()), fixed=fixed)
+
+    @nn.nowrap
+    def variables_of(self, trace: Any) -> Mapping[str, Any]:
+        return {"params": trace.get_args()[-1]}
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    @nn.nowrap
+    def _trace(self, inner: Trace) -> TrainTrace:
+        return TrainTrace(self.as_unbound(), inner)
+
+    @nn.nowrap
+    def _arguments_of(self, trace: Trace) -> Arguments:
+        return trace.get_args()[:-1]
+
+    @nn.nowrap
+    def _read(self) -> Any:
+        """The parameters in scope; the initial ones where there are no parameters at all."""
+        initial = jax.tree.map(jnp.asarray, self.params.tree)
+        scope = self.scope
+        assert scope is not None
+        if not self.is_initializing() and "params" not in scope.root.variables():
+            return initial
+        return {name: self.param(name, lambda _, value=value: value) for name, value in initial.items()}
+
+    @nn.nowrap
+    def _values(self) -> Any:
+        return unfreeze(self._current)
+
+    @nn.nowrap
+    def _with_params(self, trace: TrainTrace, argdiffs: Arguments, param_diff: Change) -> Arguments:
+        """The inner function's arguments. Kernels pass all of ``get_args()``, other callers those before the parameters."""
+        count = len(trace.get_args())
+        if len(argdiffs) == count:
+            return argdiffs
+        if len(argdiffs) != count - 1:
+            raise ArgumentError(
+                f"`argdiffs` has {len(argdiffs)} entries; this TrainCombinator takes {count - 1} arguments, or {count} "
+                "with its parameters last."
+            )
+        if param_diff is Diff.no_change:
+            return (*argdiffs, Diff.no_change(trace.get_args()[-1]))
+        return (*argdiffs, Diff.unknown_change(self._values()))

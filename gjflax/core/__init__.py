@@ -1,0 +1,1 @@
+"""The generative function interface and the data that it speaks in."""

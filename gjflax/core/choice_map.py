@@ -1,0 +1,468 @@
+"""Choice maps: values of choices by address.
+
+========================  =====================================================================
+`EmptyChoiceMap`          no choice
+`ValueChoiceMap`          one choice, at the root
+`BuiltinChoiceMap`        choice maps by name
+`VectorChoiceMap`         choices of the elements of a vector: ``indices``, and an inner choice map whose values
+                          have one more leading axis
+========================  =====================================================================
+
+`choice_map` makes them from nested dicts; plain nested dicts are accepted wherever a choice map is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gjflax.core.errors import ChoiceMapError, MissingChoiceError, nearest, show_address
+from gjflax.core.pytree import Const, Pytree
+from gjflax.core.selection import Selection
+from gjflax.core.typing import Address, Component
+
+
+class ChoiceMap(Pytree):
+    """Values of choices by address. See `choice_map`."""
+
+    def is_empty(self) -> bool:
+        """Whether it holds no choice."""
+        return False
+
+    def is_value(self) -> bool:
+        """Whether one choice stands at the root, not below names."""
+        return False
+
+    def get_value(self) -> Any:
+        """The value of the choice at the root."""
+        raise MissingChoiceError(
+            f"There is no single choice here, but choices below names. {nearest('', self.names())}"
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """The first components of the addresses, where they are names."""
+        return ()
+
+    def get_submap(self, component: Component) -> ChoiceMap:
+        """The choices below one component; empty where there are none."""
+        return EmptyChoiceMap()
+
+    def filter(self, selection: Selection) -> ChoiceMap:
+        """The choices that are selected."""
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> ChoiceMap:
+        """The choices of both.
+
+        Raises:
+          ChoiceMapError: if both have a value for one address, or one is a prefix of another.
+
+        >>> choice_map({"a": 1.0}).merge({"b": 2.0}).to_dict()
+        {'a': 1.0, 'b': 2.0}
+        """
+        return _combine(self, choice_map(other), (), overwrite=False)
+
+    def overwrite(self, other: Any) -> ChoiceMap:
+        """The choices of both; where both have a value, the other's."""
+        return _combine(self, choice_map(other), (), overwrite=True)
+
+    def to_dict(self) -> Any:
+        """As a nested dict; the value itself where one choice stands at the root."""
+        raise NotImplementedError
+
+    def strip(self) -> ChoiceMap:
+        """The choices without what a trace knows of them: a choice map is stripped already."""
+        return self
+
+    def get_subtree(self, address: Address) -> ChoiceMap:
+        """The choices below an address; empty where there are none."""
+        submap: ChoiceMap = self
+        for component in address if isinstance(address, tuple) else (address,):
+            submap = submap.get_submap(component)
+        return submap
+
+    def has_subtree(self, address: Address) -> bool:
+        """Whether there are choices at or below the address."""
+        return not self.get_subtree(address).is_empty()
+
+    def __contains__(self, address: Address) -> bool:
+        return self.has_subtree(address)
+
+    def __getitem__(self, address: Address) -> Any:
+        """The value at an address, or the choice map below it.
+
+        Raises:
+          MissingChoiceError: if there is neither.
+        """
+        found = self.get_subtree(address)
+        if found.is_empty():
+            raise MissingChoiceError(f"No choice at {show_address(address)}. {nearest(address, self.addresses())}")
+        return found.get_value() if found.is_value() else found
+
+    def addresses(self) -> list[tuple[str, ...]]:
+        """The addresses of all choices, by name (an index into a vector is no part of them)."""
+        if self.is_value():
+            return [()]
+        return [
+            (name, *rest) for name in self.names() for rest in self.get_submap(name).addresses()
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChoiceMap):
+            return NotImplemented
+        if jax.tree.structure(self) != jax.tree.structure(other):
+            return False
+        pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
+        return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EmptyChoiceMap(ChoiceMap):
+    """No choice."""
+
+    def is_empty(self) -> bool:
+        return True
+
+    def filter(self, selection: Selection) -> ChoiceMap:
+        return self
+
+    def to_dict(self) -> Any:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ValueChoiceMap(ChoiceMap):
+    """The value of one choice."""
+
+    value: Any
+
+    def is_value(self) -> bool:
+        return True
+
+    def get_value(self) -> Any:
+        return self.value
+
+    def filter(self, selection: Selection) -> ChoiceMap:
+        return self if selection.includes_root else EmptyChoiceMap()
+
+    def to_dict(self) -> Any:
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BuiltinChoiceMap(ChoiceMap):
+    """Choice maps by name. None of them is empty."""
+
+    children: dict[str, ChoiceMap]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.children)
+
+    def is_empty(self) -> bool:
+        return not self.children
+
+    def get_submap(self, component: Component) -> ChoiceMap:
+        if isinstance(component, str):
+            return self.children.get(component, EmptyChoiceMap())
+        return EmptyChoiceMap()
+
+    def filter(self, selection: Selection) -> ChoiceMap:
+        return by_name({name: child.filter(selection[name]) for name, child in self.children.items()})
+
+    def to_dict(self) -> Any:
+        return {name: child.to_dict() for name, child in self.children.items()}
+
+    def _tree_children(self) -> Iterator[tuple[str, Any]]:
+        for name, child in self.children.items():
+            yield name, child.value if isinstance(child, ValueChoiceMap) else child
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class VectorChoiceMap(ChoiceMap):
+    """Choices of the elements of a vector.
+
+    Args:
+      indices: which elements: a range, list, tuple or numpy array of integers, which are checked while tracing, or
+        a JAX array of integers (possibly traced), which cannot be.
+      inner: a choice map, or nested dict, whose values have a leading axis as long as `indices`.
+
+    Raises:
+      ChoiceMapError: if the indices repeat or are not integers, or a value has another leading axis.
+
+    >>> chm = VectorChoiceMap([0, 3], {"pos": jnp.array([1.0, 2.0])})
+    >>> float(chm[3, "pos"])
+    2.0
+    """
+
+    indices: Any
+    inner: ChoiceMap
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", choice_map(self.inner))
+        object.__setattr__(self, "indices", _check_indices(self.indices))
+        length = len(self)
+        for address in self.inner.addresses():
+            value = self.inner.get_subtree(address).get_value()
+            for leaf in jax.tree.leaves(value):
+                if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
+                    raise ChoiceMapError(
+                        f"A VectorChoiceMap of {length} indices needs values with a leading axis of {length}; "
+                        f"the value at {show_address(address)} has shape {jnp.shape(leaf)}."
+                    )
+
+    def __len__(self) -> int:
+        indices = self.static_indices
+        return len(indices) if indices is not None else self.indices.shape[0]
+
+    @property
+    def static_indices(self) -> range | tuple[int, ...] | None:
+        """The indices where they are known while tracing, else None."""
+        return self.indices.value if isinstance(self.indices, Const) else None
+
+    def index_array(self) -> Any:
+        """The indices as an integer array."""
+        indices = self.static_indices
+        return self.indices if indices is None else np.asarray(indices, np.int32)
+
+    def covers(self, length: int) -> bool:
+        """Whether these are certainly all the elements of a vector of this length, in order."""
+        indices = self.static_indices
+        return indices is not None and len(indices) == length and tuple(indices) == tuple(range(length))
+
+    def names(self) -> tuple[str, ...]:
+        return self.inner.names()
+
+    def is_empty(self) -> bool:
+        return self.inner.is_empty()
+
+    def is_value(self) -> bool:
+        return self.inner.is_value()
+
+    def get_value(self) -> Any:
+        return self.inner.get_value()
+
+    def get_submap(self, component: Component) -> ChoiceMap:
+        if isinstance(component, str):
+            return vector(self.indices, self.inner.get_submap(component))
+        return self._element(component)
+
+    def _element(self, index: Any) -> ChoiceMap:
+        indices = self.static_indices
+        if isinstance(index, (int, np.integer)) and indices is not None:
+            if index < 0 and isinstance(indices, range):
+                index += len(indices)
+            if index not in indices:
+                return EmptyChoiceMap()
+            position: Any = indices.index(int(index))
+        elif isinstance(indices, range):
+            position = index
+        else:
+            position = jnp.argmax(jnp.asarray(self.index_array()) == index)
+        return jax.tree.map(lambda leaf: leaf[position], self.inner)
+
+    def filter(self, selection: Selection) -> ChoiceMap:
+        if not selection.mentions_indices:
+            return vector(self.indices, self.inner.filter(selection))
+        indices = self.static_indices
+        if indices is None:
+            raise ChoiceMapError("A selection by index needs indices that are known while tracing.")
+        groups: dict[Selection, list[int]] = {}
+        for position, index in enumerate(indices):
+            groups.setdefault(selection[index], []).append(position)
+        parts = []
+        for subselection, positions in groups.items():
+            inner = self.inner.filter(subselection)
+            if not inner.is_empty():
+                at = np.asarray(positions)
+                chosen = tuple(indices[p] for p in positions)
+                parts.append(VectorChoiceMap(chosen, jax.tree.map(lambda leaf, at=at: leaf[at], inner)))
+        if len(parts) > 1:
+            raise ChoiceMapError(
+                "A selection of different addresses at different indices of one vector has no choice map. "
+                "Select the same addresses at each index."
+            )
+        return parts[0] if parts else EmptyChoiceMap()
+
+    def to_dict(self) -> Any:
+        """The inner dict where all elements are there, else a dict by index."""
+        indices = self.static_indices
+        if isinstance(indices, range):
+            return self.inner.to_dict()
+        if indices is None:
+            raise ChoiceMapError("A vector with traced indices has no dict: its keys are not known.")
+        return {index: self._element(index).to_dict() for index in indices}
+
+    def _tree_children(self) -> Iterator[tuple[str, Any]]:
+        indices = self.static_indices
+        yield "indices", range(len(indices)) if indices is not None else self.indices
+        if isinstance(self.inner, BuiltinChoiceMap):
+            yield from self.inner._tree_children()
+        else:
+            yield "inner", self.inner.value if isinstance(self.inner, ValueChoiceMap) else self.inner
+
+
+def _check_indices(indices: Any) -> Any:
+    if isinstance(indices, Const):
+        return indices
+    if isinstance(indices, range):
+        return Const(indices)
+    if isinstance(indices, (list, tuple, np.ndarray)):
+        array = np.asarray(indices)
+        if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+            raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
+        if len(set(array.tolist())) != array.size:
+            raise ChoiceMapError(f"Indices must not repeat; got {array.tolist()}.")
+        if array.size and array.min() < 0:
+            raise ChoiceMapError(f"Indices count from 0; got {array.tolist()}.")
+        return Const(tuple(array.tolist()))
+    if hasattr(indices, "dtype") and jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim == 1:
+        return indices
+    raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
+
+
+def vector(indices: Any, inner: ChoiceMap) -> ChoiceMap:
+    """A `VectorChoiceMap` of values that are known to fit, or the empty map."""
+    if inner.is_empty():
+        return inner
+    new = object.__new__(VectorChoiceMap)
+    object.__setattr__(new, "indices", Const(indices) if isinstance(indices, range) else indices)
+    object.__setattr__(new, "inner", inner)
+    return new
+
+
+def by_name(children: dict[str, ChoiceMap]) -> ChoiceMap:
+    """The choice map of these children that are not empty."""
+    kept = {name: child for name, child in children.items() if not child.is_empty()}
+    return BuiltinChoiceMap(kept) if kept else EmptyChoiceMap()
+
+
+def choice_map(choices: Any = None) -> ChoiceMap:
+    """A choice map from a nested dict, a trace, a value, or a choice map.
+
+    Keys are names, indices, or tuples of these; so ``{("y", 3, "pos"): v}`` is the choice ``"pos"`` of element 3
+    of ``"y"``. The key ``()`` is the root.
+
+    Raises:
+      ChoiceMapError: on keys that are not addresses, that contradict each other, or mix names and indices.
+
+    >>> chm = choice_map({"a": 1.0, ("y", "pos"): 2.0})
+    >>> chm["a"], chm["y", "pos"]
+    (1.0, 2.0)
+    >>> choice_map({("y", 3, "pos"): 2.0, ("y", 5, "pos"): 4.0})["y"]
+    VectorChoiceMap
+    ├── indices: i32[2]
+    └── pos: f32[2]
+    """
+    if isinstance(choices, ChoiceMap):
+        return choices
+    if choices is None:
+        return EmptyChoiceMap()
+    strip = getattr(choices, "strip", None)
+    if isinstance(choices, Pytree) and strip is not None:
+        return strip()
+    if isinstance(choices, Mapping):
+        return _from_mapping(choices)
+    if isinstance(choices, (numbers.Number, np.ndarray, np.generic, jax.Array, list)):
+        return ValueChoiceMap(choices)
+    raise ChoiceMapError(f"Expected a choice map, a nested dict or a value, got {type(choices).__name__}: {choices!r:.80}")
+
+
+def _from_mapping(mapping: Mapping[Any, Any]) -> ChoiceMap:
+    result: ChoiceMap = EmptyChoiceMap()
+    elements: dict[int, ChoiceMap] = {}
+    for key, value in mapping.items():
+        components = key if isinstance(key, tuple) else (key,)
+        for component in components:
+            if isinstance(component, bool) or not isinstance(component, (str, int, np.integer)):
+                raise ChoiceMapError(
+                    f"A key of a choice map is a name, an index, or a tuple of these; got {key!r}."
+                )
+        below = choice_map(value)
+        for component in reversed(components[1:]):
+            below = _below(component, below)
+        if components and isinstance(components[0], (int, np.integer)):
+            index = int(components[0])
+            elements[index] = _combine(elements.get(index, EmptyChoiceMap()), below, (index,), overwrite=False)
+        elif components:
+            result = _combine(result, _below(components[0], below), (), overwrite=False)
+        else:
+            result = _combine(result, below, (), overwrite=False)
+    if not elements:
+        return result
+    return _combine(result, _stack(elements), (), overwrite=False)
+
+
+def _below(component: Component, choices: ChoiceMap) -> ChoiceMap:
+    if choices.is_empty():
+        return choices
+    if isinstance(component, str):
+        return BuiltinChoiceMap({component: choices})
+    return _stack({int(component): choices})
+
+
+def _stack(elements: dict[int, ChoiceMap]) -> ChoiceMap:
+    structures = {jax.tree.structure(element) for element in elements.values()}
+    if len(structures) > 1:
+        raise ChoiceMapError(
+            f"The elements {sorted(elements)} of a vector have choices at different addresses; give each the same."
+        )
+    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *elements.values())
+    return VectorChoiceMap(tuple(elements), inner)
+
+
+def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:
+    if a.is_empty() or b.is_empty():
+        return b if a.is_empty() else a
+    if isinstance(a, BuiltinChoiceMap) and isinstance(b, BuiltinChoiceMap):
+        children = dict(a.children)
+        for name, child in b.children.items():
+            children[name] = (
+                _combine(children[name], child, (*at, name), overwrite) if name in children else child
+            )
+        return BuiltinChoiceMap(children)
+    if isinstance(a, VectorChoiceMap) and isinstance(b, VectorChoiceMap):
+        return _combine_vectors(a, b, at, overwrite)
+    if overwrite:
+        return b
+    raise ChoiceMapError(
+        f"Two choice maps both speak of {show_address(at)}. Drop one of them, or use `overwrite`."
+    )
+
+
+def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:
+    ours, theirs = a.static_indices, b.static_indices
+    if ours is not None and theirs is not None and tuple(ours) == tuple(theirs):
+        return vector(a.indices, _combine(a.inner, b.inner, at, overwrite))
+    same_addresses = jax.tree.structure(a.inner) == jax.tree.structure(b.inner)
+    if overwrite and isinstance(ours, range):
+        # Into a full vector the elements are written in place.
+        where = b.index_array()
+        inner = _scatter(a.inner, b.inner, where)
+        return vector(a.indices, inner)
+    if ours is not None and theirs is not None and same_addresses and not set(ours) & set(theirs):
+        inner = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a.inner, b.inner)
+        return VectorChoiceMap((*ours, *theirs), inner)
+    raise ChoiceMapError(
+        f"Two vectors of choices at {show_address(at)} share elements, have different addresses, "
+        "or have indices that are not known while tracing; they cannot be merged."
+    )
+
+
+def _scatter(full: ChoiceMap, part: ChoiceMap, where: Any) -> ChoiceMap:
+    """The full vector's values with the part's written at the given positions."""
+    if isinstance(part, BuiltinChoiceMap) and isinstance(full, BuiltinChoiceMap):
+        children = dict(full.children)
+        for name, child in part.children.items():
+            children[name] = _scatter(children.get(name, EmptyChoiceMap()), child, where)
+        return BuiltinChoiceMap(children)
+    if full.is_empty() or jax.tree.structure(full) != jax.tree.structure(part):
+        raise ChoiceMapError("The elements that are written have addresses that the vector does not have.")
+    return jax.tree.map(lambda x, y: jnp.asarray(x).at[where].set(y), full, part)

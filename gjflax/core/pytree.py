@@ -1,0 +1,180 @@
+"""`Pytree`: a base class whose subclasses are JAX pytrees, flax-serialisable and printed as trees.
+
+A subclass is a dataclass. Either its fields say what is static (`static_field`), or a method ``flatten`` returns
+the dynamic and the static parts::
+
+    @dataclasses.dataclass
+    class Move(gjflax.Pytree):
+        selection: gjflax.Selection
+        step: float
+
+        def flatten(self):
+            return (self.step,), (self.selection,)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+from flax import serialization
+from jax.tree_util import GetAttrKey
+
+
+def static_field(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the pytree's structure, not one of its leaves. It must hash.
+
+    >>> @dataclasses.dataclass
+    ... class Scaled(Pytree):
+    ...     value: float
+    ...     unit: str = static_field(default="m")
+    >>> jax.tree.map(lambda v: 2 * v, Scaled(1.5, "kg"))
+    Scaled
+    ├── value: 3.0
+    └── unit: 'kg'
+    """
+    metadata = {**kwargs.pop("metadata", {}), "static": True}
+    return dataclasses.field(metadata=metadata, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which attributes of a class are leaves and which are structure."""
+
+    dynamic: tuple[str, ...]
+    static: tuple[str, ...]
+
+
+class Pytree:
+    """Base class of JAX pytrees with a ``flatten`` method. See the module's text for how to subclass it.
+
+    >>> import jax, dataclasses
+    >>> @dataclasses.dataclass
+    ... class Move(Pytree):
+    ...     name: str
+    ...     step: float
+    ...     def flatten(self):
+    ...         return (self.step,), (self.name,)
+    >>> jax.tree.leaves(Move("drift", 0.5))
+    [0.5]
+    """
+
+    _layout: ClassVar[_Layout | None]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._layout = None
+        jax.tree_util.register_pytree_with_keys(
+            cls, cls._flatten_with_keys, cls._unflatten, cls._flatten_plain
+        )
+        serialization.register_serialization_state(cls, _to_state, _from_state)
+
+    def flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The dynamic parts (pytrees of arrays) and the static parts (hashable), in that order.
+
+        By default the dataclass's fields, in order; those made by `static_field` are static.
+        """
+        layout = self._field_layout()
+        dynamic = tuple(getattr(self, name) for name in layout.dynamic)
+        return dynamic, tuple(getattr(self, name) for name in layout.static)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values for the named fields."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def __repr__(self) -> str:
+        from gjflax.core.printing import render_text
+
+        return render_text(self)
+
+    def __rich__(self) -> Any:
+        from gjflax.core.printing import rich_tree
+
+        return rich_tree(self)
+
+    @classmethod
+    def _field_layout(cls) -> _Layout:
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        static = tuple(f.name for f in fields if f.metadata.get("static", False))
+        return _Layout(tuple(f.name for f in fields if f.name not in static), static)
+
+    @classmethod
+    def _get_layout(cls) -> _Layout | None:
+        """The names behind what ``flatten`` returns; None where it returns something that is not a field."""
+        if cls._layout is None:
+            if cls.flatten is Pytree.flatten:
+                cls._layout = cls._field_layout()
+            else:
+                cls._layout = cls._probe_layout() or _Layout((), ())
+        return cls._layout if cls._layout != _Layout((), ()) else None
+
+    @classmethod
+    def _probe_layout(cls) -> _Layout | None:
+        """Find the fields that a user's ``flatten`` returns, by running it on an instance made of markers."""
+        names = {f.name: object() for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        probe = object.__new__(cls)
+        for name, marker in names.items():
+            object.__setattr__(probe, name, marker)
+        by_marker = {id(marker): name for name, marker in names.items()}
+        try:
+            dynamic, static = probe.flatten()
+            return _Layout(
+                tuple(by_marker[id(marker)] for marker in dynamic),
+                tuple(by_marker[id(marker)] for marker in static),
+            )
+        except Exception:  # flatten may compute with its fields, which a marker does not allow
+            return None
+
+    def _flatten_plain(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return self.flatten()
+
+    def _flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        dynamic, static = self.flatten()
+        return tuple(zip(map(GetAttrKey, _names(self, dynamic)), dynamic, strict=True)), static
+
+    @classmethod
+    def _unflatten(cls, static: tuple[Any, ...], dynamic: Any) -> Self:
+        layout = cls._get_layout()
+        if layout is None:
+            return cls(*static, *dynamic)
+        # Not the constructor: JAX unflattens with objects that are not arrays, which a constructor may refuse.
+        self = object.__new__(cls)
+        for name, value in zip(layout.dynamic, dynamic, strict=True):
+            object.__setattr__(self, name, value)
+        for name, value in zip(layout.static, static, strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+
+def _names(tree: Pytree, dynamic: tuple[Any, ...]) -> tuple[str, ...]:
+    layout = tree._get_layout()
+    return layout.dynamic if layout else tuple(str(i) for i in range(len(dynamic)))
+
+
+def _to_state(tree: Pytree) -> dict[str, Any]:
+    dynamic, _ = tree.flatten()
+    return {
+        name: serialization.to_state_dict(value)
+        for name, value in zip(_names(tree, dynamic), dynamic, strict=True)
+    }
+
+
+def _from_state(target: Pytree, state: dict[str, Any]) -> Pytree:
+    dynamic, static = target.flatten()
+    restored = tuple(
+        serialization.from_state_dict(value, state[name], name=name)
+        for name, value in zip(_names(target, dynamic), dynamic, strict=True)
+    )
+    return type(target)._unflatten(static, restored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Const(Pytree):
+    """A value that is part of a pytree's structure: hashable, compared by ``==``, without leaves.
+
+    >>> jax.tree.leaves(Const(3))
+    []
+    """
+
+    value: Any = static_field()

@@ -1,0 +1,158 @@
+"""`Trace`: one run of a generative function, with its choices and their score.
+
+A trace never carries Flax variables: under ``jax.vmap`` they would be copied once per particle. Its generative
+function is the unbound module, a static part of the pytree.
+
+Scores are kept part by part and added up when asked for. All methods work on a batch of traces too (as
+``jax.vmap(model.simulate)`` gives them), with the batch as leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gjflax.core.choice_map import ChoiceMap
+from gjflax.core.errors import SelectionError, nearest, show_address
+from gjflax.core.pytree import Const, Pytree
+from gjflax.core.selection import AllSelection, Selection
+from gjflax.core.typing import Address, Arguments, Score
+
+
+class Trace(Pytree):
+    """One run of a generative function. Subclasses say how their parts are stored."""
+
+    def get_gen_fn(self) -> Any:
+        """The generative function: an unbound module, equal across runs."""
+        raise NotImplementedError
+
+    def get_args(self) -> Arguments:
+        """The arguments of the run."""
+        raise NotImplementedError
+
+    def get_retval(self) -> Any:
+        """What the run returned."""
+        raise NotImplementedError
+
+    def get_score(self) -> Score:
+        """log p(choices; arguments), the sum over all choices."""
+        return self.project(AllSelection())
+
+    def project(self, selection: Selection) -> Score:
+        """The selected choices' share of the score; 0 where none is selected."""
+        raise NotImplementedError
+
+    def strip(self) -> ChoiceMap:
+        """The choices alone."""
+        raise NotImplementedError
+
+    def get_choices(self) -> ChoiceMap:
+        """The choices alone: `strip` by its usual name."""
+        return self.strip()
+
+    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        """The selected choices mapped to R^n, and the log |det| of that map's Jacobian."""
+        raise NotImplementedError
+
+    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
+        """The traces of the single choices, with their addresses."""
+        raise NotImplementedError
+
+    @property
+    def is_discrete(self) -> bool:
+        """Of the trace of a single choice: whether its value is one of a discrete distribution."""
+        return False
+
+    @property
+    def is_reparameterized(self) -> bool:
+        """Of the trace of a single choice: whether its value, as drawn, is differentiable in the arguments."""
+        return False
+
+    def get_subtree(self, address: Address) -> Any:
+        """The trace, or the choices, below an address."""
+        return self.strip().get_subtree(address)
+
+    def has_subtree(self, address: Address) -> bool:
+        """Whether there are choices at or below the address."""
+        return self.strip().has_subtree(address)
+
+    def __contains__(self, address: Address) -> bool:
+        return self.has_subtree(address)
+
+    def __getitem__(self, address: Address) -> Any:
+        """The value at an address, or the choices below it.
+
+        Raises:
+          MissingChoiceError: if there is neither.
+        """
+        return self.strip()[address]
+
+    def require_selected(self, selection: Selection) -> ChoiceMap:
+        """The selected choices, with an error where there are none.
+
+        Raises:
+          SelectionError: if the selection selects nothing of this trace.
+        """
+        choices = self.strip()
+        selected = choices.filter(selection)
+        if selected.is_empty():
+            wanted = [part for part, _ in getattr(selection, "children", ())]
+            asked = ", ".join(show_address(part) for part in wanted) or "nothing"
+            near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
+            raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
+        return selected
+
+
+def strong(value: Any) -> Any:
+    """An array that is not weakly typed, so that a trace keeps its types under `update`."""
+    if isinstance(value, jax.Array):
+        if getattr(value, "weak_type", False) or getattr(getattr(value, "aval", None), "weak_type", False):
+            return lax.convert_element_type(value, value.dtype)
+        return value
+    return lax.convert_element_type(jnp.asarray(value), jax.dtypes.canonicalize_dtype(jnp.result_type(value)))
+
+
+def canonical(tree: Any) -> Any:
+    """A tree as traces store it: numbers become strongly typed arrays, what is no number becomes structure."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, jax.Array):
+            return strong(value)
+        if isinstance(value, (bool, int, float, complex, np.ndarray, np.generic)) and (
+            getattr(value, "dtype", None) != object
+        ):
+            return strong(value)
+        return Const(value)
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda value: isinstance(value, Const))
+
+
+def plain(tree: Any) -> Any:
+    """The inverse of `canonical`: structure becomes values again."""
+    return jax.tree.map(
+        lambda value: value.value if isinstance(value, Const) else value,
+        tree,
+        is_leaf=lambda value: isinstance(value, Const),
+    )
+
+
+def total(scores: list[Any]) -> Any:
+    """The sum of scores; a float32 zero where there are none."""
+    if not scores:
+        return jnp.zeros(())
+    result = scores[0]
+    for score in scores[1:]:
+        result = add_scores(result, score)
+    return result
+
+
+def add_scores(a: Any, b: Any) -> Any:
+    """The sum of two scores, which may have different float dtypes and batch ranks (a zero has no batch)."""
+    dtype = jnp.promote_types(jnp.result_type(a), jnp.result_type(b))
+    return jnp.asarray(a, dtype) + jnp.asarray(b, dtype)
+
+

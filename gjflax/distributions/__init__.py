@@ -1,0 +1,1 @@
+"""Leaves: distributions as generative functions with one choice."""

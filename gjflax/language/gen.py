@@ -1,0 +1,387 @@
+"""The modelling language: `trace`, `gen`, `GenModule`, `BuiltinGenerativeFunction`.
+
+From a user's function to a trace: an interface method (``simulate``, say) makes a handler and calls the module's
+body under it. Inside, each ``trace(address, callee)(*args)`` finds the handler at the top of the thread's stack of
+running bodies; the handler calls the callee's method of the same name, keeps its trace, and returns its value to
+the body. When the body ends, what was kept becomes a `BuiltinTrace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import errors as flax_errors
+
+from gjflax.core import context
+from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
+from gjflax.core.diff import Diff, unknown_change
+from gjflax.core.errors import (
+    ArgumentError,
+    CalleeError,
+    InvalidAddressError,
+    TraceContextError,
+    TraceTransformError,
+    show_address,
+)
+from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.pytree import static_field
+from gjflax.core.selection import Selection
+from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.language import handlers
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BuiltinTrace(Trace):
+    """A run of a body: the traces of its callees by address."""
+
+    gen_fn: Any = static_field()
+    args: Any
+    retval: Any
+    choices: dict[str, Trace]
+
+    @property
+    def by_path(self) -> dict[handlers.Path, Trace]:
+        """The callees' traces, by address as a tuple."""
+        return {tuple(address.split("/")): trace for address, trace in self.choices.items()}
+
+    def get_gen_fn(self) -> Any:
+        return self.gen_fn
+
+    def get_args(self) -> Arguments:
+        return plain(self.args)
+
+    def get_retval(self) -> Any:
+        return plain(self.retval)
+
+    def get_score(self) -> Score:
+        return total([trace.get_score() for trace in self.choices.values()])
+
+    def project(self, selection: Selection) -> Score:
+        parts = [(trace, selection[address]) for address, trace in self.by_path.items()]
+        return total([trace.project(below) for trace, below in parts if not below.is_empty])
+
+    def strip(self) -> ChoiceMap:
+        return _by_address({address: trace.strip() for address, trace in self.by_path.items()})
+
+    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
+        return [leaf for address, trace in self.by_path.items() for leaf in trace.leaves((*prefix, *address))]
+
+    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        results = {}
+        for address, trace in self.by_path.items():
+            if trace.strip().filter(selection[address]).is_empty():
+                continue
+            with context.naming(address):
+                results[address] = trace.unconstrain(selection[address])
+        choices = _by_address({address: unconstrained for address, (unconstrained, _) in results.items()})
+        return choices, total([log_det for _, log_det in results.values()])
+
+    def get_subtree(self, address: Any) -> Any:
+        components = address if isinstance(address, tuple) else (address,)
+        for path, trace in self.by_path.items():
+            if components[: len(path)] == path:
+                rest = components[len(path) :]
+                return trace.get_subtree(rest) if rest else trace
+        return self.strip().get_subtree(address)
+
+
+def _by_address(parts: Mapping[Any, ChoiceMap]) -> ChoiceMap:
+    if all(len(address) == 1 for address in parts):
+        return choice_map({address[0]: part for address, part in parts.items()})
+    return choice_map(dict(parts))
+
+
+def _by_name(traces: Mapping[handlers.Path, Trace]) -> dict[str, Trace]:
+    return {"/".join(address): trace for address, trace in traces.items()}
+
+
+def trace(address: Any, callee: Any) -> Callable[..., Any]:
+    """Call a generative function at an address, in the body of another: ``value = trace("z", Normal)(0.0, 1.0)``.
+
+    A callee that is part of a module (``self.decoder``, or made in a compact method) is used as it is, so two
+    addresses share its parameters. A free one, such as a global `gen` function, becomes a submodule of the current
+    module, with the address as its name.
+
+    Args:
+      address: a string, or a tuple of strings.
+      callee: a generative function.
+
+    Returns:
+      A function of the callee's arguments. Distributions take them by keyword too.
+
+    Raises:
+      InvalidAddressError: if the address is not of that form.
+      CalleeError: if the callee is not a generative function.
+      TraceContextError: outside of any generative function's body.
+      TraceTransformError: inside a JAX transformation that the body started.
+      DuplicateAddressError: if the body has used the address already.
+
+    >>> import gjflax, jax
+    >>> @gjflax.gen
+    ... def model(x):
+    ...     slope = gjflax.trace("slope", gjflax.Normal)(0.0, 2.0)
+    ...     return gjflax.trace("y", gjflax.Normal)(slope * x, 0.1)
+    >>> key, tr = model.simulate(jax.random.key(0), (3.0,))
+    >>> sorted(tr.strip().to_dict())
+    ['slope', 'y']
+    """
+    path = _check_address(address)
+    if not isinstance(callee, GenerativeFunction):
+        raise CalleeError(_not_callable(path, callee))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = context.top_frame()
+        if frame is None:
+            raise TraceContextError(
+                f"trace({show_address(path)}, ...) was called where no generative function is running. It belongs in "
+                "the body of a @gen function or a GenModule, which runs by `simulate`, `importance`, `assess`, ..."
+            )
+        if frame.trace_state != context.trace_state():
+            raise TraceTransformError(
+                f"trace({show_address(path)}, ...) was called inside a JAX transformation (jax.lax.scan, fori_loop or "
+                "cond, jax.vmap, jit or grad) that the body started, which its choice cannot leave. Make that "
+                "code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
+                "`Switch` for branches; or move the transformation outside of the model."
+            )
+        with context.visiting(frame, path):
+            free, arguments = callee.positional(args, kwargs)
+            return frame.handler.visit(path, _attach(path, free), arguments)
+
+    return call
+
+
+def _check_address(address: Any) -> handlers.Path:
+    path = address if isinstance(address, tuple) else (address,)
+    if not path or not all(isinstance(part, str) and part and "/" not in part for part in path):
+        raise InvalidAddressError(
+            f'The address of a choice is a string without "/", or a tuple of such strings; got {address!r}. In a Python '
+            'loop write f"z{i}"; for a vector of choices use `Map`.'
+        )
+    return path
+
+
+def _not_callable(path: handlers.Path, callee: Any) -> str:
+    if isinstance(callee, type) and issubclass(callee, GenerativeFunction):
+        cure = f"This is the class {callee.__name__}: make an instance of it."
+    elif isinstance(callee, nn.Module):
+        cure = "A plain Flax module has no choices: call it directly."
+    elif callable(callee):
+        cure = "Is the decorator @gen missing?"
+    else:
+        cure = 'Write trace("z", Normal)(loc, scale), not trace("z", Normal(loc, scale)).'
+    return f"trace({show_address(path)}, ...) needs a generative function, got {callee!r:.80}. {cure}"
+
+
+def _attach(path: handlers.Path, callee: Any) -> Any:
+    """The callee as part of the current module."""
+    if not callee.needs_variables or callee.scope is not None:
+        return callee
+    try:
+        return callee.copy(name="_".join(path))
+    except flax_errors.AssignSubModuleError:
+        # The body is neither compact nor setup: the callee runs unbound, which is enough if it has no parameters.
+        return callee
+
+
+def run_body(module: Any, handler: handlers.Handler, args: Arguments) -> tuple[Any, Any]:
+    """Run a module's body under a handler: its return value, and the handler's outcome."""
+    if type(module).body_is_lifted:
+        # The transformation lets values through only as arguments and results; so goes the handler.
+        return module(*args, handler)
+    handler.begin()
+    with context.running(module, handler):
+        retval = module(*args)
+        return canonical(retval), handler.outcome()
+
+
+def _defined_in_transforms(function: Callable[..., Any]) -> bool:
+    return getattr(function, "__globals__", {}).get("__name__") == "flax.linen.transforms"
+
+
+def _as_body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's ``__call__`` as a body: run under a handler where one is set for this module, else a forward sample."""
+
+    @functools.wraps(function)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[-1], handlers.Handler):
+            handler = args[-1]
+            handler.begin()
+            with context.running(self, handler):
+                retval = function(self, *args[:-1], **kwargs)
+                return canonical(retval), handler.outcome()
+        frame = context.top_frame()
+        if frame is not None and frame.owner is self and frame.visiting is None:
+            return function(self, *args, **kwargs)
+        handler = handlers.Simulate(self._choice_key())
+        handler.begin()
+        with context.running(self, handler):
+            return function(self, *args, **kwargs)
+
+    __call__.is_body = True  # pyright: ignore[reportFunctionMemberAccess]
+    return __call__
+
+
+class GenModule(GenerativeFunction):
+    """A generative function as a class: subclass it and write ``__call__`` with `trace` in it, as any Flax module.
+
+    >>> import flax.linen as nn, gjflax, jax, jax.numpy as jnp
+    >>> class Decoder(gjflax.GenModule):
+    ...     hidden: int = 8
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         z = gjflax.trace("z", gjflax.Normal)(jnp.zeros(2), 1.0)
+    ...         h = nn.tanh(nn.Dense(self.hidden)(jnp.concatenate([z, x])))
+    ...         return gjflax.trace("y", gjflax.Normal)(nn.Dense(3)(h), 0.5)
+    >>> x = jnp.ones(4)
+    >>> variables = Decoder().init(jax.random.key(0), x)
+    >>> key, tr = Decoder().bind(variables).simulate(jax.random.key(1), (x,))
+    >>> tr["y"].shape
+    (3,)
+    """
+
+    body_is_lifted = False
+    """Whether the class was made by a lifted transformation of another, such as ``nn.remat(Model)``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        call = cls.__dict__.get("__call__")
+        if call is not None:
+            cls.body_is_lifted = hasattr(call, "is_body") and _defined_in_transforms(call)
+            if not cls.body_is_lifted:
+                cls.__call__ = _as_body(call)  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init_subclass__(**kwargs)
+
+    def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, BuiltinTrace]:
+        retval, (key, traces) = run_body(self, handlers.Simulate(key), args)
+        return key, BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
+
+    def importance(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
+    ) -> tuple[PRNGKey, tuple[Score, BuiltinTrace]]:
+        retval, (key, weight, traces) = run_body(self, handlers.Importance(key, choices, strict), args)
+        return key, (weight, BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces)))
+
+    def assess(
+        self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
+    ) -> tuple[PRNGKey, tuple[Any, Score]]:
+        retval, (key, score) = run_body(self, handlers.Assess(key, choices, strict), args)
+        return key, (plain(retval), score)
+
+    def update(
+        self,
+        key: PRNGKey,
+        trace: BuiltinTrace,
+        choices: ChoiceMap,
+        argdiffs: Arguments,
+        *,
+        param_diff: Any = unknown_change,
+        strict: bool = True,
+    ) -> tuple[PRNGKey, tuple[Any, Score, BuiltinTrace, ChoiceMap]]:
+        args = Diff.primal(argdiffs)
+        handler = handlers.Update(key, trace.by_path, choices, strict, param_diff)
+        retval, (key, weight, traces, discard) = run_body(self, handler, args)
+        new = BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
+        return key, (unknown_change(plain(retval)), weight, new, discard)
+
+    def regenerate(
+        self,
+        key: PRNGKey,
+        trace: BuiltinTrace,
+        selection: Selection,
+        argdiffs: Arguments,
+        *,
+        param_diff: Any = unknown_change,
+    ) -> tuple[PRNGKey, tuple[Any, Score, BuiltinTrace]]:
+        args = Diff.primal(argdiffs)
+        handler = handlers.Regenerate(key, trace.by_path, selection, param_diff)
+        retval, (key, weight, traces) = run_body(self, handler, args)
+        new = BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
+        return key, (unknown_change(plain(retval)), weight, new)
+
+    def constrain(
+        self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
+    ) -> tuple[ChoiceMap, Score]:
+        handler = handlers.Constrain(jax.random.key(0), unconstrained, EmptyChoiceMap() if fixed is None else fixed)
+        _, outcome = run_body(self, handler, args)
+        return outcome
+
+    @nn.nowrap
+    def positional(self, args: Arguments, kwargs: Mapping[str, Any]) -> tuple[Any, Arguments]:
+        if not kwargs:
+            return self, args
+        try:
+            bound = self._signature().bind(*args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"`{self._title()}`: {error}.") from error
+        if bound.kwargs:
+            raise ArgumentError(
+                f"`{self._title()}` has the keyword-only arguments {', '.join(bound.kwargs)}, which a trace cannot hold: "
+                "the arguments of a generative function are a tuple. Make them positional."
+            )
+        return self, bound.args
+
+    @nn.nowrap
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.__call__)
+
+    @nn.nowrap
+    def _title(self) -> str:
+        return type(self).__name__
+
+
+class BuiltinGenerativeFunction(GenModule):
+    """A function with `trace` in it as a generative function. Made by `gen`.
+
+    Attributes:
+      source: the function. It runs as a compact method, so it may make Flax modules inline.
+    """
+
+    source: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, *args: Any) -> Any:
+        return self.source(*args)
+
+    @nn.nowrap
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.source)
+
+    @nn.nowrap
+    def _title(self) -> str:
+        return getattr(self.source, "__name__", type(self).__name__)
+
+
+def gen(target: Any = None, /, **options: Any) -> Any:
+    """Make a generative function of a function: ``@gen``, or ``@gen(combinator, **options)``.
+
+    Args:
+      target: the function; or a combinator (a class of generative functions whose first field is the inner one).
+      **options: the combinator's other fields.
+
+    Returns:
+      A `BuiltinGenerativeFunction`; with a combinator, a decorator that wraps it in one.
+
+    Raises:
+      CalleeError: if it is neither.
+
+    >>> import gjflax, jax
+    >>> @gjflax.gen(gjflax.Map, in_axes=(0,))
+    ... def noisy(x):
+    ...     return gjflax.trace("y", gjflax.Normal)(x, 1.0)
+    >>> key, tr = noisy.simulate(jax.random.key(0), (jnp.arange(3.0),))
+    >>> tr["y"].shape
+    (3,)
+    """
+    if isinstance(target, type) and issubclass(target, GenerativeFunction):
+        return lambda function: target(gen(function), parent=None, **options)
+    if isinstance(target, GenerativeFunction) and not options:
+        return target
+    if not callable(target) or isinstance(target, type) or options:
+        raise CalleeError(f"`gen` decorates a function, or takes a combinator class first; got {target!r:.80}.")
+    return BuiltinGenerativeFunction(target, parent=None)

@@ -1,0 +1,243 @@
+r"""What a `trace` statement does: one handler for each method of the interface.
+
+A body runs under a handler. At each ``trace(address, callee)(*args)`` the handler calls the callee's own method of
+the same name with what concerns it (its constraints, its old trace, its part of the selection), keeps the results
+by address, and gives the callee's return value back to the body. When the body has ended, the scores and weights
+are sums over its callees:
+
+    log p(t; x) = Σ_address log p_callee(t[address]; args(address))
+
+Handlers are pytrees and their results are returned, not stored: so a body may run inside a lifted transformation
+(``nn.remat``), through which values pass only as arguments and results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
+from gjflax.core.diff import Change, Diff, unknown_change
+from gjflax.core.errors import DuplicateAddressError, UnvisitedConstraintError, nearest, show_address
+from gjflax.core.keys import KeySource
+from gjflax.core.pytree import Pytree, static_field
+from gjflax.core.selection import Selection
+from gjflax.core.trace import Trace, total
+
+Path = tuple[str, ...]
+
+
+class Handler(Pytree):
+    """Base class. A subclass says what happens at one callee, and what the body's run amounts to."""
+
+    key: Any
+
+    def begin(self) -> None:
+        """Start a run: forget what an earlier one left."""
+        object.__setattr__(self, "visited", {})
+        object.__setattr__(self, "keys", KeySource(self.key))
+
+    def visit(self, address: Path, callee: Any, args: tuple[Any, ...]) -> Any:
+        """One `trace` statement: the callee's return value."""
+        visited: dict[Path, Any] = self.visited  # pyright: ignore[reportAttributeAccessIssue]
+        if address in visited or _overlaps(address, visited):
+            raise DuplicateAddressError(
+                f"The address {show_address(address)} is used twice in one body (or one use is a prefix of another). "
+                "Give each choice an address of its own, in a loop f\"z{i}\", or map the callee with `Map`."
+            )
+        retval, visited[address] = self.call(address, callee, args)
+        return retval
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The callee's return value, and what is kept of it."""
+        raise NotImplementedError
+
+    def outcome(self) -> Any:
+        """The results of the run, a pytree."""
+        raise NotImplementedError
+
+    def _key(self, address: Path, callee: Any) -> Any:
+        return self.keys.at(address)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _end(self) -> Any:
+        return self.keys.end()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def _records(self) -> dict[Path, Any]:
+        return self.visited  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _overlaps(address: Path, visited: dict[Path, Any]) -> bool:
+    if len(address) == 1 and all(len(other) == 1 for other in visited):
+        return False
+    return any(address[: len(other)] == other or other[: len(address)] == address for other in visited)
+
+
+def _check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, prefix: tuple[Any, ...]) -> None:
+    """An error for constraints that no callee was asked about."""
+    if not strict or choices.is_empty():
+        return
+    if choices.is_value():
+        raise UnvisitedConstraintError(
+            f"A value was given for {show_address(prefix)}, which is a generative function with choices of its own, "
+            f"not a single choice. {nearest('', visited)}"
+        )
+    for address in choices.addresses():
+        if not any(address[: len(path)] == path for path in visited):
+            raise UnvisitedConstraintError(
+                f"A value was given for {show_address((*prefix, *address))}, which is not a choice of this generative "
+                f"function. {nearest(address, [(*prefix, *path) for path in visited])} To ignore what is not used, "
+                "pass strict=False."
+            )
+
+
+def _options(strict: bool = True, param_diff: Change = unknown_change) -> dict[str, Any]:
+    """The options that differ from what every generative function assumes."""
+    return ({} if strict else {"strict": False}) | ({} if param_diff is unknown_change else {"param_diff": param_diff})
+
+
+def _prefix() -> tuple[Any, ...]:
+    from gjflax.core.context import top_frame
+
+    frame = top_frame()
+    return frame.prefix if frame is not None else ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Simulate(Handler):
+    """Every callee simulates."""
+
+    key: Any
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        _, trace = callee.simulate(self._key(address, callee), args)
+        return trace.get_retval(), trace
+
+    def outcome(self) -> Any:
+        return self._end(), dict(self._records)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Importance(Handler):
+    """Every callee runs by importance under its constraints; the weights add up."""
+
+    key: Any
+    choices: ChoiceMap
+    strict: bool = static_field(default=True)
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        below = self.choices.get_subtree(address)
+        key = self._key(address, callee)
+        if below.is_empty():
+            _, trace = callee.simulate(key, args)
+            return trace.get_retval(), (None, trace)
+        _, (weight, trace) = callee.importance(key, below, args, **_options(self.strict))
+        return trace.get_retval(), (weight, trace)
+
+    def outcome(self) -> Any:
+        _check_visited(self.choices, self._records, self.strict, _prefix())
+        weight = total([weight for weight, _ in self._records.values() if weight is not None])
+        return self._end(), weight, {address: trace for address, (_, trace) in self._records.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Assess(Handler):
+    """Every callee assesses its choices; the scores add up. Nothing is drawn."""
+
+    key: Any
+    choices: ChoiceMap
+    strict: bool = static_field(default=True)
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        key = self._key(address, callee) if callee.needs_variables else self.key
+        _, (retval, score) = callee.assess(key, self.choices.get_subtree(address), args, **_options(self.strict))
+        return retval, score
+
+    def outcome(self) -> Any:
+        _check_visited(self.choices, self._records, self.strict, _prefix())
+        return self.key, total(list(self._records.values()))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Update(Handler):
+    """Callees that were there update, new ones run by importance, and the scores of those that are gone go."""
+
+    key: Any
+    traces: dict[Path, Trace]
+    choices: ChoiceMap
+    strict: bool = static_field(default=True)
+    param_diff: Change = static_field(default=unknown_change)
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        below, key = self.choices.get_subtree(address), self._key(address, callee)
+        if address not in self.traces:
+            _, (weight, trace) = callee.importance(key, below, args, **_options(self.strict))
+            return trace.get_retval(), (weight, trace, EmptyChoiceMap())
+        argdiffs = Diff.mark(args, unknown_change)
+        options = _options(self.strict, self.param_diff)
+        _, (retdiff, weight, trace, discard) = callee.update(key, self.traces[address], below, argdiffs, **options)
+        return Diff.primal(retdiff), (weight, trace, discard)
+
+    def outcome(self) -> Any:
+        _check_visited(self.choices, self._records, self.strict, _prefix())
+        weights = [weight for weight, _, _ in self._records.values()]
+        discard: ChoiceMap = EmptyChoiceMap()
+        for address, (_, _, overwritten) in self._records.items():
+            discard = discard.merge(choice_map({address: overwritten}))
+        for address, trace in self.traces.items():
+            if address not in self._records:
+                weights.append(-trace.get_score())
+                discard = discard.merge(choice_map({address: trace.strip()}))
+        traces = {address: trace for address, (_, trace, _) in self._records.items()}
+        return self._end(), total(weights), traces, discard
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Regenerate(Handler):
+    """Callees that were there regenerate their part of the selection; new ones are drawn, at no weight."""
+
+    key: Any
+    traces: dict[Path, Trace]
+    selection: Selection = static_field()
+    param_diff: Change = static_field(default=unknown_change)
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        key = self._key(address, callee)
+        if address not in self.traces:
+            _, trace = callee.simulate(key, args)
+            return trace.get_retval(), (None, trace)
+        argdiffs = Diff.mark(args, unknown_change)
+        options = _options(param_diff=self.param_diff)
+        _, (retdiff, weight, trace) = callee.regenerate(
+            key, self.traces[address], self.selection[address], argdiffs, **options
+        )
+        return Diff.primal(retdiff), (weight, trace)
+
+    def outcome(self) -> Any:
+        weight = total([weight for weight, _ in self._records.values() if weight is not None])
+        return self._end(), weight, {address: trace for address, (_, trace) in self._records.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Constrain(Handler):
+    """Every callee maps its choices from R^n; the log determinants add up, for a callee's arguments depend only on
+    choices before it, so the Jacobian is block triangular."""
+
+    key: Any
+    unconstrained: ChoiceMap
+    fixed: ChoiceMap
+
+    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        choices, log_det = callee.constrain(
+            self.unconstrained.get_subtree(address), args, fixed=self.fixed.get_subtree(address)
+        )
+        _, (retval, _) = callee.assess(self._key(address, callee), choices, args)
+        return retval, (choices, log_det)
+
+    def outcome(self) -> Any:
+        for given in (self.unconstrained, self.fixed):
+            _check_visited(given, self._records, True, _prefix())
+        result: ChoiceMap = EmptyChoiceMap()
+        for address, (choices, _) in self._records.items():
+            result = result.merge(choice_map({address: choices}))
+        return result, total([log_det for _, log_det in self._records.values()])

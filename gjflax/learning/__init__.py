@@ -1,0 +1,1 @@
+"""Learning: objectives as modules."""

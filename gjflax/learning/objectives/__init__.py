@@ -1,0 +1,1 @@
+"""Objectives: modules whose output is a loss to minimise."""
