@@ -34,6 +34,7 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.pytree import static_field
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.transparent import share_inner_scope
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 _SOWN = ("intermediates", "diagnostics")
@@ -140,7 +141,7 @@ class Map(GenerativeFunction):
         super().__post_init__()
 
     def setup(self) -> None:
-        nn.share_scope(self, self.inner)
+        share_inner_scope(self)
 
     # The interface ----------------------------------------------------------------------------------------------
 
@@ -311,6 +312,7 @@ class Map(GenerativeFunction):
     @nn.nowrap
     def _take(self, args: Arguments, indices: Any) -> Arguments:
         """The arguments of some elements."""
+
         def take(axis: Any, argument: Any) -> Any:
             if axis is None:
                 return argument
@@ -368,9 +370,7 @@ class Map(GenerativeFunction):
         if "params" not in own_splits:
             own_splits["params"] = own_axes.get("params") is not None
         split_rngs = {**own_splits, DenyList(tuple(own_splits)): True}
-        return nn.vmap(
-            function, variable_axes=variable_axes, split_rngs=split_rngs, in_axes=in_axes, axis_size=length
-        )
+        return nn.vmap(function, variable_axes=variable_axes, split_rngs=split_rngs, in_axes=in_axes, axis_size=length)
 
 
 def _split(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKey]:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors as flax_errors
 from flax.core import unfreeze
 
 from gjflax.core.choice_map import ChoiceMap
@@ -24,6 +25,7 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.pytree import static_field
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace
+from gjflax.core.transparent import share_inner_scope
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
@@ -74,9 +76,7 @@ class FrozenParams:
                 "`TrainCombinator`'s `params` are initial values, known while tracing; got a traced array. Pass trained "
                 "parameters with `bind` or `apply`."
             )
-        self._numbers = tuple(
-            (str(array.dtype), array.shape, array.tobytes()) for array in map(np.asarray, leaves)
-        )
+        self._numbers = tuple((str(array.dtype), array.shape, array.tobytes()) for array in map(np.asarray, leaves))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FrozenParams):
@@ -113,7 +113,9 @@ class TrainCombinator(GenerativeFunction):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, GenerativeFunction):
-            raise ArgumentError(f"`TrainCombinator` takes a generative function; got {self.inner!r:.80}. Is @gen missing?")
+            raise ArgumentError(
+                f"`TrainCombinator` takes a generative function; got {self.inner!r:.80}. Is @gen missing?"
+            )
         if not isinstance(self.params, FrozenParams):
             if not isinstance(self.params, Mapping) or not all(isinstance(name, str) for name in self.params):
                 raise ArgumentError(f"`params` is a dict of parameters by name; got {self.params!r:.80}.")
@@ -121,9 +123,7 @@ class TrainCombinator(GenerativeFunction):
         super().__post_init__()
 
     def setup(self) -> None:
-        nn.share_scope(self, self.inner)
-        # Created here, so that every method that runs finds them, also under `init`.
-        self._current = self._read()
+        share_inner_scope(self)
 
     # The interface ----------------------------------------------------------------------------------------------
 
@@ -176,18 +176,34 @@ class TrainCombinator(GenerativeFunction):
         return trace.get_args()[:-1]
 
     @nn.nowrap
-    def _read(self) -> Any:
-        """The parameters in scope; the initial ones where there are no parameters at all."""
-        initial = jax.tree.map(jnp.asarray, self.params.tree)
+    def _values(self) -> Any:
+        """The parameters in scope; the initial ones where there are no parameters at all.
+
+        Not by ``self.param``, which Flax allows in ``setup`` and compact methods only, and once in each.
+        """
         scope = self.scope
         assert scope is not None
-        if not self.is_initializing() and "params" not in scope.root.variables():
-            return initial
-        return {name: self.param(name, lambda _, value=value: value) for name, value in initial.items()}
+        initial = self.params.tree
+        if "params" not in scope.root.variables() and not self.is_mutable_collection("params"):
+            return jax.tree.map(jnp.asarray, initial)
+        for name, value in initial.items():
+            if not scope.name_reserved(name, "params"):
+                scope.reserve(name, "params")
+            if not self.has_variable("params", name):
+                if not self.is_mutable_collection("params"):
+                    raise flax_errors.ScopeParamNotFoundError(name, scope.path_text)
+                self.put_variable("params", name, jax.tree.map(jnp.asarray, value))
+        values = {name: unfreeze(nn.meta.unbox(self.get_variable("params", name))) for name in initial}
+        self._check_like_initial(values)
+        return values
 
     @nn.nowrap
-    def _values(self) -> Any:
-        return unfreeze(self._current)
+    def _check_like_initial(self, values: Any) -> None:
+        expected, given = (jax.tree.map(jnp.shape, tree) for tree in (self.params.tree, values))
+        if expected != given:
+            raise ArgumentError(
+                f"The parameters given to a TrainCombinator have shapes {given}; its initial values have {expected}."
+            )
 
     @nn.nowrap
     def _with_params(self, trace: TrainTrace, argdiffs: Arguments, param_diff: Change) -> Arguments:

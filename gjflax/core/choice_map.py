@@ -109,9 +109,7 @@ class ChoiceMap(Pytree):
         """The addresses of all choices, by name (an index into a vector is no part of them)."""
         if self.is_value():
             return [()]
-        return [
-            (name, *rest) for name in self.names() for rest in self.get_submap(name).addresses()
-        ]
+        return [(name, *rest) for name in self.names() for rest in self.get_submap(name).addresses()]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChoiceMap):
@@ -372,7 +370,9 @@ def choice_map(choices: Any = None) -> ChoiceMap:
         return _from_mapping(choices)
     if isinstance(choices, (numbers.Number, np.ndarray, np.generic, jax.Array, list)):
         return ValueChoiceMap(choices)
-    raise ChoiceMapError(f"Expected a choice map, a nested dict or a value, got {type(choices).__name__}: {choices!r:.80}")
+    raise ChoiceMapError(
+        f"Expected a choice map, a nested dict or a value, got {type(choices).__name__}: {choices!r:.80}"
+    )
 
 
 def _from_mapping(mapping: Mapping[Any, Any]) -> ChoiceMap:
@@ -382,9 +382,7 @@ def _from_mapping(mapping: Mapping[Any, Any]) -> ChoiceMap:
         components = key if isinstance(key, tuple) else (key,)
         for component in components:
             if isinstance(component, bool) or not isinstance(component, (str, int, np.integer)):
-                raise ChoiceMapError(
-                    f"A key of a choice map is a name, an index, or a tuple of these; got {key!r}."
-                )
+                raise ChoiceMapError(f"A key of a choice map is a name, an index, or a tuple of these; got {key!r}.")
         below = choice_map(value)
         for component in reversed(components[1:]):
             below = _below(component, below)
@@ -424,17 +422,18 @@ def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -
     if isinstance(a, BuiltinChoiceMap) and isinstance(b, BuiltinChoiceMap):
         children = dict(a.children)
         for name, child in b.children.items():
-            children[name] = (
-                _combine(children[name], child, (*at, name), overwrite) if name in children else child
-            )
+            children[name] = _combine(children[name], child, (*at, name), overwrite) if name in children else child
         return BuiltinChoiceMap(children)
     if isinstance(a, VectorChoiceMap) and isinstance(b, VectorChoiceMap):
         return _combine_vectors(a, b, at, overwrite)
+    if isinstance(a, VectorChoiceMap) and isinstance(b, BuiltinChoiceMap) and isinstance(a.static_indices, range):
+        # Names with whole arrays below them speak of every element.
+        return _combine(a, vector(a.indices, b), at, overwrite)
+    if isinstance(b, VectorChoiceMap) and isinstance(a, BuiltinChoiceMap) and isinstance(b.static_indices, range):
+        return _combine(vector(b.indices, a), b, at, overwrite)
     if overwrite:
         return b
-    raise ChoiceMapError(
-        f"Two choice maps both speak of {show_address(at)}. Drop one of them, or use `overwrite`."
-    )
+    raise ChoiceMapError(f"Two choice maps both speak of {show_address(at)}. Drop one of them, or use `overwrite`.")
 
 
 def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:

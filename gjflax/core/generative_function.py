@@ -326,7 +326,7 @@ class GenerativeFunction(nn.Module):
         scope = self.scope
         if scope is None:
             raise UnboundParametersError(
-                f"`{type(self).__name__}` was called outside of a module. Inside a generative function write "
+                f"`{getattr(self, 'label', type(self).__name__)}` was called directly, and is not part of a module. Inside a generative function write "
                 "`trace(address, callee)(*args)`; elsewhere use `simulate(key, args)`, or "
                 '`apply(variables, *args, rngs={"choice": key})`.'
             )
@@ -405,6 +405,3 @@ def _refuse_discrete(trace: Trace, selected: ChoiceMap, selection: Selection) ->
             f"The choice {show_address(discrete[0])} is discrete, so the score has no gradient in it. "
             f"Leave it out of the selection: selection & ~select({show_address(discrete[0])})."
         )
-
-
-

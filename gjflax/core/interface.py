@@ -25,8 +25,7 @@ from gjflax.core.trace import Trace
 def _arguments(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
         raise ArgumentError(
-            f"`{name}` is a tuple with one entry for each argument, such as (x,) or (); "
-            f"got {type(value).__name__}."
+            f"`{name}` is a tuple with one entry for each argument, such as (x,) or (); got {type(value).__name__}."
         )
     return value
 
@@ -134,7 +133,9 @@ def _listed(kwargs: Mapping[str, Any]) -> str:
     return f" and {', '.join(kwargs)}" if kwargs else ""
 
 
-def _enter_unbound(module: Any, name: str, given: Mapping[str, Any], positional: list[Any], values: dict[str, Any]) -> Any:
+def _enter_unbound(
+    module: Any, name: str, given: Mapping[str, Any], positional: list[Any], values: dict[str, Any]
+) -> Any:
     """Run the method again with an empty set of variables, or those that the trace itself knows."""
     variables = module.variables_of(given["trace"]) if "trace" in given else {}
     try:

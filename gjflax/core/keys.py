@@ -37,9 +37,7 @@ def typed_key(key: Any) -> Key[Array, ""]:
         return key
     if getattr(key, "dtype", None) == np.uint32 and getattr(key, "shape", None) == (2,):
         return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
-    described = (
-        f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") and hasattr(key, "dtype") else repr(key)
-    )
+    described = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") and hasattr(key, "dtype") else repr(key)
     raise ArgumentError(
         f"Expected a random key (jax.random.key(seed) or jax.random.PRNGKey(seed)) as the first argument, "
         f"got {described[:80]}."

@@ -16,9 +16,6 @@ from rich.tree import Tree
 
 from gjflax.core.pytree import Const, Pytree
 
-_SHORT_KINDS = {"f": "f", "i": "i", "u": "u", "c": "c", "V": "bf"}
-
-
 def short_dtype(dtype: Any) -> str:
     """The short name of a dtype.
 
@@ -49,6 +46,8 @@ def _is_array(value: Any) -> bool:
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """What stands below a node, named."""
     named = getattr(value, "_tree_children", None)
+    if hasattr(value, "label"):
+        return  # a distribution is its name
     if named is not None and not isinstance(value, type):
         yield from named()
     elif isinstance(value, nn.Module):
@@ -69,16 +68,14 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_node(value: Any) -> bool:
     if isinstance(value, Const):
         return False
-    return isinstance(value, (Pytree, nn.Module, Mapping)) or (
-        isinstance(value, (tuple, list)) and len(value) > 0
-    )
+    return isinstance(value, (Pytree, nn.Module, Mapping)) or (isinstance(value, (tuple, list)) and len(value) > 0)
 
 
 def _label(value: Any) -> str:
     if isinstance(value, Const):
         return _label(value.value)
     if isinstance(value, (Pytree, nn.Module)):
-        return type(value).__name__
+        return str(getattr(value, "label", type(value).__name__))
     if isinstance(value, range):
         return f"i32[{len(value)}]"
     if _is_array(value):

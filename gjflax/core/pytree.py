@@ -65,9 +65,7 @@ class Pytree:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._layout = None
-        jax.tree_util.register_pytree_with_keys(
-            cls, cls._flatten_with_keys, cls._unflatten, cls._flatten_plain
-        )
+        jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten_plain)
         serialization.register_serialization_state(cls, _to_state, _from_state)
 
     def flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -155,8 +153,7 @@ def _names(tree: Pytree, dynamic: tuple[Any, ...]) -> tuple[str, ...]:
 def _to_state(tree: Pytree) -> dict[str, Any]:
     dynamic, _ = tree.flatten()
     return {
-        name: serialization.to_state_dict(value)
-        for name, value in zip(_names(tree, dynamic), dynamic, strict=True)
+        name: serialization.to_state_dict(value) for name, value in zip(_names(tree, dynamic), dynamic, strict=True)
     }
 
 

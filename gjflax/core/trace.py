@@ -152,7 +152,7 @@ def total(scores: list[Any]) -> Any:
 
 def add_scores(a: Any, b: Any) -> Any:
     """The sum of two scores, which may have different float dtypes and batch ranks (a zero has no batch)."""
-    dtype = jnp.promote_types(jnp.result_type(a), jnp.result_type(b))
+    if a.dtype == b.dtype and a.shape == b.shape:
+        return lax.add(a, b)
+    dtype = jnp.promote_types(a.dtype, b.dtype)
     return jnp.asarray(a, dtype) + jnp.asarray(b, dtype)
-
-

@@ -16,18 +16,21 @@ A distribution owns no Flax variables, so its methods need no scope and bypass l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, ValueChoiceMap, VectorChoiceMap
-from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import (
+    ArgumentError,
     ChoiceDtypeError,
     ChoiceShapeError,
     DiscreteGradientError,
@@ -42,6 +45,7 @@ from gjflax.core.pytree import static_field
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, strong
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.distributions.arguments import free_promotion, site, wider
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -77,19 +81,45 @@ class DistributionTrace(Trace):
     @property
     def is_discrete(self) -> bool:
         """Whether the value is one of a discrete distribution."""
-        return not jnp.issubdtype(self.value.dtype, jnp.floating) or self.gen_fn.at(self.get_args()).is_discrete
+        return not jnp.issubdtype(self.value.dtype, jnp.floating) or self._of_one(lambda here: here.is_discrete)
 
     @property
     def is_reparameterized(self) -> bool:
         """Whether the value, as drawn, is differentiable in the distribution's arguments."""
-        return self.gen_fn.at(self.get_args()).reparameterized
+        return self._of_one(lambda here: here.reparameterized)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         if not selection.includes_root:
             return EmptyChoiceMap(), jnp.zeros(())
-        bijector = self.gen_fn.require_bijector(self.get_args())
-        unconstrained = bijector.inverse(self.value)
-        return ValueChoiceMap(unconstrained), -_log_det(bijector, unconstrained)
+
+        def one(args: Any, value: Any) -> tuple[Any, Any]:
+            bijector = self.gen_fn.require_bijector(plain(args))
+            with free_promotion():
+                unconstrained = bijector.inverse(value)
+                return unconstrained, -_log_det(bijector, unconstrained)
+
+        unconstrained, log_det = self._over_batch(one)(self.args, self.value)
+        return ValueChoiceMap(unconstrained), log_det
+
+    def _over_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one trace's parts, for the batch of traces that this is: a trace has a scalar score."""
+        for _ in range(jnp.ndim(self.score)):
+            function = jax.vmap(function)
+        return function
+
+    def _of_one(self, ask: Callable[[Applied], bool]) -> bool:
+        """What is so of the distribution at its arguments, or in a batch of traces at those of any."""
+        answers = []
+
+        def probe(args: Any, value: Any) -> Any:
+            answers.append(ask(self.gen_fn.at(plain(args))))
+            return value
+
+        if jnp.ndim(self.score):
+            jax.eval_shape(self._over_batch(probe), self.args, self.value)
+        else:
+            probe(self.args, self.value)
+        return answers[0]
 
 
 class Applied:
@@ -112,8 +142,13 @@ class Applied:
         raise NotImplementedError
 
     def bijector(self) -> Any:
-        """A TFP bijector from R^n onto the support, or None."""
+        """A bijector from R^n onto the support, with the methods of a TFP bijector; or None."""
         return None
+
+
+@functools.cache
+def _key_like() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(jax.random.key, 0)
 
 
 class _AppliedSubclass(Applied):
@@ -126,13 +161,27 @@ class _AppliedSubclass(Applied):
 
     @property
     def template(self) -> jax.ShapeDtypeStruct:
-        return jax.eval_shape(self.sample, jax.random.key(0))
+        template = jax.eval_shape(self.sample, _key_like())
+        if not isinstance(template, jax.ShapeDtypeStruct):
+            raise ChoiceShapeError(
+                f"`sample` of {site(self._distribution.label)} returned {jax.tree.structure(template)}; a choice is one "
+                "array. Write a generative function with one choice for each part."
+            )
+        return template
 
     def sample(self, key: PRNGKey) -> Any:
         return self._distribution.sample(key, *self._args)
 
     def logpdf(self, value: Any) -> Any:
-        return self._distribution.logpdf(value, *self._args)
+        logpdf = jnp.asarray(self._distribution.logpdf(value, *self._args))
+        if logpdf.shape != value.shape[: logpdf.ndim]:
+            # Two shapes that broadcast by accident would be summed over all pairs of elements.
+            raise ChoiceShapeError(
+                f"`logpdf` of {site(self._distribution.label)} returned shape {logpdf.shape} for a value of shape "
+                f"{value.shape}. It is elementwise (the value's shape, or its leading axes where the last are one event) "
+                "or summed (a scalar)."
+            )
+        return logpdf
 
     def bijector(self) -> Any:
         return self._distribution.bijector(*self._args)
@@ -161,6 +210,12 @@ class Distribution(GenerativeFunction):
     is_discrete = False
     is_reparameterized = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        for name in ("sample", "logpdf", "bijector"):
+            if inspect.isfunction(cls.__dict__.get(name)):
+                nn.nowrap(cls.__dict__[name])
+        super().__init_subclass__(**kwargs)
+
     # What a subclass says ---------------------------------------------------------------------------------------
 
     @nn.nowrap
@@ -175,7 +230,7 @@ class Distribution(GenerativeFunction):
 
     @nn.nowrap
     def bijector(self, *args: Any) -> Any:
-        """A TFP bijector from R^n onto the support, or None."""
+        """A bijector from R^n onto the support, with the methods of a TFP bijector; or None."""
         return None
 
     @property
@@ -187,6 +242,34 @@ class Distribution(GenerativeFunction):
     def at(self, args: Arguments) -> Applied:
         """The distribution at its arguments."""
         return _AppliedSubclass(self, args)
+
+    @nn.nowrap
+    def positional(self, args: Arguments, kwargs: Mapping[str, Any]) -> tuple[Any, Arguments]:
+        if not kwargs:
+            return self, args
+        signature = self._signature()
+        parameters = list(signature.parameters.values())[1:]
+        try:
+            bound = signature.replace(parameters=parameters).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"The distribution of {site(self.label)} does not take these arguments: {error}.") from error
+        if bound.kwargs:
+            raise ArgumentError(
+                f"The distribution of {site(self.label)} has the keyword-only arguments {', '.join(bound.kwargs)}, which a "
+                "trace cannot hold: the arguments of a generative function are a tuple. Make them positional."
+            )
+        return self, bound.args
+
+    @nn.nowrap
+    def _signature(self) -> inspect.Signature:
+        """The signature of the log density: the value, and the arguments."""
+        return inspect.signature(self.logpdf)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward sample, drawn from the rng stream "choice": a stochastic layer."""
+        callee, args = self.positional(args, kwargs)
+        _, trace = callee.simulate(self._choice_key(), args)
+        return trace.get_retval()
 
     # The interface ----------------------------------------------------------------------------------------------
 
@@ -212,7 +295,7 @@ class Distribution(GenerativeFunction):
         if not self._is_given(choices, strict):
             raise MissingChoiceError(
                 f"`assess` needs a value for every choice, and none was given for "
-                f"{show_address(current_address())} ({self.label}). Give one, or use `importance`, which draws it."
+                f"{site(self.label)}. Give one, or use `importance`, which draws it."
             )
         return key, self._score_given(choices.get_value(), self.at(args))
 
@@ -265,23 +348,30 @@ class Distribution(GenerativeFunction):
         if unconstrained.is_empty():
             if fixed is None or fixed.is_empty():
                 raise MissingChoiceError(
-                    f"`constrain` needs {show_address(current_address())} ({self.label}), either unconstrained or `fixed`."
+                    f"`constrain` needs {site(self.label)}, either unconstrained or `fixed`."
                 )
             return fixed, jnp.zeros(())
-        bijector = self.require_bijector(args)
-        value = strong(unconstrained.get_value())
-        return ValueChoiceMap(bijector.forward(value)), _log_det(bijector, value)
+        here = self.at(args)
+        bijector = self.require_bijector(args, here)
+        if not unconstrained.is_value():
+            self._refuse_below(unconstrained)
+        template = here.template
+        with free_promotion():
+            shape = tuple(bijector.inverse_event_shape(template.shape))
+            value = self._fit_unconstrained(unconstrained.get_value(), shape, template)
+            constrained = strong(bijector.forward(value))
+            return ValueChoiceMap(constrained), _log_det(bijector, value)
 
     @nn.nowrap
-    def require_bijector(self, args: Arguments) -> Any:
+    def require_bijector(self, args: Arguments, here: Applied | None = None) -> Any:
         """The bijector from R^n onto the support.
 
         Raises:
           DiscreteGradientError: if the distribution is discrete.
           NotImplementedByGenerativeFunctionError: if it names no bijector.
         """
-        where = f"{show_address(current_address())} ({self.label})"
-        here = self.at(args)
+        where = site(self.label)
+        here = self.at(args) if here is None else here
         if here.is_discrete:
             raise DiscreteGradientError(f"The choice {where} is discrete: there is no map between it and R^n.")
         bijector = here.bijector()
@@ -327,24 +417,57 @@ class Distribution(GenerativeFunction):
         if choices.is_empty() or (not choices.is_value() and not strict):
             return False
         if not choices.is_value():
-            raise UnvisitedConstraintError(
-                f"The choice at {show_address(current_address())} ({self.label}) is a single value, and the choice "
-                f"map gives values below it, at {', '.join(map(show_address, choices.addresses()[:3]))}."
-            )
+            self._refuse_below(choices)
         if isinstance(choices, VectorChoiceMap) and not isinstance(choices.static_indices, range):
             raise UnvisitedConstraintError(
-                f"The choice at {show_address(current_address())} ({self.label}) is one value, so its elements cannot "
-                "be given one by one. Give the whole array, or make the elements choices with `Map`."
+                f"The choice at {site(self.label)} is one value, so its elements cannot be given one by one. Give the "
+                "whole array, or make the elements choices with `Map`."
             )
         return True
+
+    @nn.nowrap
+    def _refuse_below(self, choices: ChoiceMap) -> NoReturn:
+        raise UnvisitedConstraintError(
+            f"The choice at {site(self.label)} is a single value, and the choice map gives values below it, at "
+            f"{', '.join(map(show_address, choices.addresses()[:3]))}."
+        )
 
     @nn.nowrap
     def _check_shape(self, value: Any, expected: tuple[int, ...]) -> None:
         if value.shape != expected:
             raise ChoiceShapeError(
-                f"The value given for {show_address(current_address())} has shape {value.shape}; {self.label} draws "
-                f"{expected} at these arguments. Give a value of that shape, or map the choice with `Map`."
+                f"The value given for {site(self.label)} has shape {value.shape}; {self.label} draws {expected} at these "
+                "arguments. Give a value of that shape, or map the choice with `Map`."
             )
+
+    @nn.nowrap
+    def _fit_unconstrained(self, value: Any, shape: tuple[int, ...], template: jax.ShapeDtypeStruct) -> Any:
+        """A point of R^n, checked: TFP would broadcast it against the arguments."""
+        point = self._as_array(value, template)
+        if point.shape != shape:
+            raise ChoiceShapeError(
+                f"The unconstrained value given for {site(self.label)} has shape {point.shape}; the map onto the support "
+                f"takes {shape} at these arguments."
+            )
+        if not jnp.issubdtype(point.dtype, jnp.floating):
+            if not jnp.issubdtype(point.dtype, jnp.integer):
+                raise self._dtype_error(value, point.dtype, template)
+            return lax.convert_element_type(point, template.dtype)
+        return strong(point)
+
+    @nn.nowrap
+    def _as_array(self, value: Any, template: jax.ShapeDtypeStruct) -> Any:
+        if isinstance(value, jax.Array):
+            return value
+        try:
+            array = jnp.asarray(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self._dtype_error(value, type(value).__name__, template) from error
+        if isinstance(value, (np.ndarray, np.generic)) and jnp.issubdtype(array.dtype, jnp.integer):
+            # JAX stores 64-bit integers in 32 bits, and what does not fit becomes another number.
+            if not np.array_equal(np.asarray(array), value):
+                raise self._dtype_error(value, value.dtype, template)
+        return array
 
     @nn.nowrap
     def _fit(self, value: Any, template: jax.ShapeDtypeStruct, like: Any) -> tuple[Any, Any]:
@@ -352,25 +475,33 @@ class Distribution(GenerativeFunction):
 
         The second result says, of traced floats given for a discrete choice, whether all are whole; else None.
         """
-        try:
-            given = jnp.asarray(value)
-        except (TypeError, ValueError) as error:
-            raise self._dtype_error(value, type(value).__name__, template) from error
+        given = self._as_array(value, template)
         self._check_shape(given, template.shape)
         expected = template.dtype if like is None else like.dtype
+        if given.dtype == expected:
+            return strong(given), None
         if jnp.issubdtype(expected, jnp.floating):
-            if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
+            is_float = jnp.issubdtype(given.dtype, jnp.floating)
+            if not (is_float or jnp.issubdtype(given.dtype, jnp.integer)):
                 raise self._dtype_error(value, given.dtype, template)
-            if like is None and jnp.issubdtype(given.dtype, jnp.floating) and hasattr(value, "dtype"):
+            if like is None and is_float and hasattr(value, "dtype"):
                 # A value that is more precise than the arguments stays so: bfloat16 networks meet float32 data.
-                expected = jnp.promote_types(given.dtype, expected)
-        elif jnp.issubdtype(given.dtype, jnp.complexfloating):
+                expected = wider(given.dtype, expected)
+            return strong(lax.convert_element_type(given, expected)), None
+        if not (
+            jnp.issubdtype(given.dtype, jnp.floating)
+            or jnp.issubdtype(given.dtype, jnp.integer)
+            or given.dtype == jnp.bool_
+        ):
             raise self._dtype_error(value, given.dtype, template)
         cast = lax.convert_element_type(given, expected)
-        if jnp.issubdtype(expected, jnp.floating) or not jnp.issubdtype(given.dtype, jnp.floating):
+        if given.dtype == jnp.bool_:
             return cast, None
-        # Floats for a discrete choice are exact where they are whole; where they are not their density is 0.
+        # What is whole and in range comes back from the cast as it was; anything else has density 0.
         whole = jnp.all(given == lax.convert_element_type(cast, given.dtype))
+        if jnp.issubdtype(given.dtype, jnp.unsignedinteger):
+            # A large one comes back too, by way of a negative number.
+            whole = whole & jnp.all(cast >= 0)
         if is_tracer(whole):
             return cast, whole
         if not bool(whole):
@@ -380,8 +511,8 @@ class Distribution(GenerativeFunction):
     @nn.nowrap
     def _dtype_error(self, value: Any, dtype: Any, expected: jax.ShapeDtypeStruct) -> ChoiceDtypeError:
         return ChoiceDtypeError(
-            f"The value given for {show_address(current_address())} has dtype {dtype} ({value!r:.60}); {self.label} "
-            f"draws {expected.dtype}, and the one cannot stand for the other. Convert it first."
+            f"The value given for {site(self.label)} has dtype {dtype} ({value!r:.60}); {self.label} draws "
+            f"{expected.dtype}, and the one cannot stand for the other. Convert it first."
         )
 
     @nn.nowrap
@@ -393,8 +524,11 @@ class Distribution(GenerativeFunction):
 
 def _sum(logpdf: Any) -> Any:
     """The score of one choice, in single precision at least."""
-    score = jnp.sum(logpdf) if jnp.ndim(logpdf) else jnp.asarray(logpdf)
-    return strong(score.astype(jnp.float32) if score.dtype in (jnp.bfloat16, jnp.float16) else score)
+    logpdf = logpdf if isinstance(logpdf, jax.Array) else jnp.asarray(logpdf)
+    if not jnp.issubdtype(logpdf.dtype, jnp.floating) or logpdf.dtype.itemsize < 4:
+        # Before the sum, which would round in half precision.
+        logpdf = logpdf.astype(jnp.float32)
+    return strong(jnp.sum(logpdf) if logpdf.ndim else logpdf)
 
 
 def _log_det(bijector: Any, unconstrained: Any) -> Any:
@@ -425,6 +559,10 @@ class _FunctionDistribution(Distribution):
         return self.density(value, *args)
 
     @nn.nowrap
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.density)
+
+    @nn.nowrap
     def bijector(self, *args: Any) -> Any:
         return None if self.make_bijector is None else self.make_bijector(*args)
 
@@ -447,7 +585,7 @@ def distribution(
       discrete: whether its values are integers.
       reparameterized: whether `sample` may be differentiated in the arguments for a pathwise gradient. Say so only
         where that derivative is right; nothing can check it.
-      bijector: ``bijector(*args)`` gives a TFP bijector from R^n onto the support.
+      bijector: ``bijector(*args)`` gives a bijector from R^n onto the support: one of TFP, or with its methods.
 
     >>> import jax, gjflax
     >>> def sample(key, rate):

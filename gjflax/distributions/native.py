@@ -3,96 +3,80 @@ r"""The densities that models use most, written in as few JAX operations as they
 Building a TFP object costs some milliseconds for every `trace` statement, and its densities more operations than
 their formulas. These families are built without TFP; everything rarer goes through it. Each is the formula at its
 class, elementwise; arguments broadcast against each other.
+
+A formula is traced once for each combination of shapes and dtypes, and its operations are written into the caller's
+program: so a thousand choices of one family cost a thousand look-ups, not a thousand evaluations in Python.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from gjflax.core.errors import ArgumentError, ChoiceShapeError
 from gjflax.core.typing import PRNGKey
+from gjflax.distributions import bijectors
+from gjflax.distributions.arguments import aligned, as_array, common_shape, float_dtype, is_number, site, wider
 from gjflax.distributions.distribution import Applied
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _score(formula: Callable[..., Any], dtype: Any, value: Any, *parameters: Any) -> Any:
+    """The sum of a formula over a value. It gets floats in one dtype; integer values as they are."""
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        value = lax.convert_element_type(value, dtype)
+    terms = formula(value, *(aligned(parameter, value, dtype) for parameter in parameters))
+    return lax.convert_element_type(jnp.sum(terms) if terms.ndim else terms, dtype)
 
 
-def as_floats(*values: Any) -> tuple[Any, ...]:
-    """The arguments as floating point arrays of one dtype, single precision at least; numbers stay numbers.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _draw(sampler: Callable[..., Any], shape: tuple[int, ...], dtype: Any, key: PRNGKey, *parameters: Any) -> Any:
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    return sampler(key, like, *(aligned(parameter, like, dtype) for parameter in parameters))
 
-    A Python number is a constant of the program: its logarithm is taken while tracing.
+
+class _Native(Applied):
+    """A family whose parameters are floats that broadcast.
+
+    A subclass gives ``formula(value, *parameters)``, the log density elementwise, and
+    ``sampler(key, like, *parameters)``, a draw of the shape and dtype of `like`.
     """
-    arrays = [value if _is_number(value) else jnp.asarray(value) for value in values]
-    dtypes = [array.dtype for array in arrays if not _is_number(array) and jnp.issubdtype(array.dtype, jnp.inexact)]
-    default = jnp.zeros(()).dtype
-    dtype = jnp.result_type(jnp.float32, *dtypes) if dtypes else default
-    return tuple(float(array) if _is_number(array) else lax.convert_element_type(array, dtype) for array in arrays)
 
-
-def common_shape(*values: Any) -> tuple[int, ...]:
-    """The shape to which the arguments broadcast.
-
-    Raises:
-      ChoiceShapeError: if they do not.
-    """
-    shapes = [jnp.shape(value) for value in values]
-    try:
-        return jnp.broadcast_shapes(*shapes)
-    except ValueError as error:
-        raise ChoiceShapeError(f"The arguments of a distribution have shapes that do not broadcast: {shapes}.") from error
-
-
-def _float_dtype(*values: Any) -> Any:
-    dtypes = [value.dtype for value in values if not _is_number(value)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.zeros(()).dtype
-
-
-def _lift(value: Any, to: Any) -> Any:
-    """An argument in the dtype of a value, and with its axes unless it is a scalar."""
-    if _is_number(value):
-        return value
-    value = lax.convert_element_type(value, to.dtype)
-    return value if value.ndim in (0, to.ndim) else jnp.broadcast_to(value, to.shape)
-
-
-def _log(value: Any) -> Any:
-    if not _is_number(value):
-        return jnp.log(value)
-    return math.log(value) if value > 0 else math.nan
-
-
-class _Continuous(Applied):
-    """A continuous family whose parameters are floats that broadcast."""
-
-    reparameterized = True
+    formula: Callable[..., Any]
+    sampler: Callable[..., Any]
 
     def __init__(self, *parameters: Any):
-        self.parameters = as_floats(*parameters)
-        self.shape = common_shape(*self.parameters)
+        label = type(self).__name__
+        arrays = [as_array(label, parameter) for parameter in parameters]
+        self.parameters = tuple(float(array) if is_number(array) else array for array in arrays)
+        self.dtype = float_dtype(*self.parameters)
+        self.shape = self._shape(label)
+
+    def _shape(self, label: str) -> tuple[int, ...]:
+        return common_shape(label, *self.parameters)
 
     @property
     def template(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, _float_dtype(*self.parameters))
+        return jax.ShapeDtypeStruct(self.shape, jnp.int32 if self.is_discrete else self.dtype)
 
-    def _given(self, value: Any) -> tuple[Any, ...]:
-        """The value and the parameters, in one dtype."""
-        dtype = jnp.promote_types(value.dtype, self.template.dtype)
-        value = lax.convert_element_type(value, dtype)
-        return (value, *(_lift(parameter, value) for parameter in self.parameters))
+    def sample(self, key: PRNGKey) -> Any:
+        return _draw(self.sampler, self.shape, self.dtype, key, *self.parameters)
 
-    def _standard(self, draw: Any, key: PRNGKey) -> tuple[Any, ...]:
-        """A standard draw, and the parameters."""
-        noise = draw(key, self.shape, self.template.dtype)
-        return (noise, *(_lift(parameter, noise) for parameter in self.parameters))
+    def logpdf(self, value: Any) -> Any:
+        dtype = wider(value.dtype, self.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else self.dtype
+        return _score(self.formula, dtype, value, *self.parameters)
+
+
+class _Continuous(_Native):
+    reparameterized = True
 
 
 class Normal(_Continuous):
@@ -101,14 +85,17 @@ class Normal(_Continuous):
     def __init__(self, loc: Any, scale: Any):
         super().__init__(loc, scale)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, loc, scale = self._standard(jax.random.normal, key)
-        return loc + scale * noise
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, loc: Any, scale: Any) -> Any:
+        return loc + scale * jax.random.normal(key, like.shape, like.dtype)
 
-    def logpdf(self, value: Any) -> Any:
-        value, loc, scale = self._given(value)
+    @staticmethod
+    def formula(value: Any, loc: Any, scale: Any) -> Any:
         z = (value - loc) / scale
-        return -0.5 * (z * z) - (_log(scale) + _HALF_LOG_TWO_PI)
+        return -0.5 * (z * z) - (jnp.log(scale) + _HALF_LOG_TWO_PI)
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Identity()
 
 
 class LogNormal(_Continuous):
@@ -117,16 +104,18 @@ class LogNormal(_Continuous):
     def __init__(self, loc: Any, scale: Any):
         super().__init__(loc, scale)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, loc, scale = self._standard(jax.random.normal, key)
-        return jnp.exp(loc + scale * noise)
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, loc: Any, scale: Any) -> Any:
+        return jnp.exp(Normal.sampler(key, like, loc, scale))
 
-    def logpdf(self, value: Any) -> Any:
-        value, loc, scale = self._given(value)
-        inside = value > 0
+    @staticmethod
+    def formula(value: Any, loc: Any, scale: Any) -> Any:
+        inside = (value > 0) & (value < jnp.inf)
         log_value = jnp.log(jnp.where(inside, value, 1.0))
-        z = (log_value - loc) / scale
-        return jnp.where(inside, -0.5 * (z * z) - (_log(scale) + _HALF_LOG_TWO_PI) - log_value, -jnp.inf)
+        return jnp.where(inside, Normal.formula(log_value, loc, scale) - log_value, -jnp.inf)
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Exp()
 
 
 class HalfNormal(_Continuous):
@@ -135,14 +124,16 @@ class HalfNormal(_Continuous):
     def __init__(self, scale: Any):
         super().__init__(scale)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, scale = self._standard(jax.random.normal, key)
-        return scale * jnp.abs(noise)
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, scale: Any) -> Any:
+        return scale * jnp.abs(jax.random.normal(key, like.shape, like.dtype))
 
-    def logpdf(self, value: Any) -> Any:
-        value, scale = self._given(value)
-        z = value / scale
-        return jnp.where(value >= 0, math.log(2) - 0.5 * (z * z) - (_log(scale) + _HALF_LOG_TWO_PI), -jnp.inf)
+    @staticmethod
+    def formula(value: Any, scale: Any) -> Any:
+        return jnp.where(value >= 0, math.log(2) + Normal.formula(value, 0.0, scale), -jnp.inf)
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Softplus()
 
 
 class Laplace(_Continuous):
@@ -151,13 +142,16 @@ class Laplace(_Continuous):
     def __init__(self, loc: Any, scale: Any):
         super().__init__(loc, scale)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, loc, scale = self._standard(jax.random.laplace, key)
-        return loc + scale * noise
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, loc: Any, scale: Any) -> Any:
+        return loc + scale * jax.random.laplace(key, like.shape, like.dtype)
 
-    def logpdf(self, value: Any) -> Any:
-        value, loc, scale = self._given(value)
-        return -jnp.abs(value - loc) / scale - (_log(scale) + math.log(2))
+    @staticmethod
+    def formula(value: Any, loc: Any, scale: Any) -> Any:
+        return -jnp.abs(value - loc) / scale - (jnp.log(scale) + math.log(2))
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Identity()
 
 
 class Exponential(_Continuous):
@@ -166,38 +160,45 @@ class Exponential(_Continuous):
     def __init__(self, rate: Any):
         super().__init__(rate)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, rate = self._standard(jax.random.exponential, key)
-        return noise / rate
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, rate: Any) -> Any:
+        return jax.random.exponential(key, like.shape, like.dtype) / rate
 
-    def logpdf(self, value: Any) -> Any:
-        value, rate = self._given(value)
-        return jnp.where(value >= 0, _log(rate) - rate * value, -jnp.inf)
+    @staticmethod
+    def formula(value: Any, rate: Any) -> Any:
+        return jnp.where(value >= 0, jnp.log(rate) - rate * value, -jnp.inf)
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Softplus()
 
 
 class Uniform(_Continuous):
-    r"""−log(high − low), for low ≤ v ≤ high."""
+    r"""−log(high − low), for low ≤ v ≤ high: at both ends too, which rounding may draw."""
 
     def __init__(self, low: Any = 0.0, high: Any = 1.0):
         super().__init__(low, high)
 
-    def sample(self, key: PRNGKey) -> Any:
-        noise, low, high = self._standard(jax.random.uniform, key)
-        return low + (high - low) * noise
+    @staticmethod
+    def sampler(key: PRNGKey, like: Any, low: Any, high: Any) -> Any:
+        return low + (high - low) * jax.random.uniform(key, like.shape, like.dtype)
 
-    def logpdf(self, value: Any) -> Any:
-        value, low, high = self._given(value)
-        return jnp.where((value >= low) & (value <= high), -_log(high - low), -jnp.inf)
+    @staticmethod
+    def formula(value: Any, low: Any, high: Any) -> Any:
+        return jnp.where((value >= low) & (value <= high), -jnp.log(high - low), -jnp.inf)
+
+    def bijector(self) -> bijectors.Bijector:
+        return bijectors.Sigmoid(*self.parameters)
 
 
 class Deterministic(Applied):
-    r"""A point mass: 0 at v = loc, −inf elsewhere."""
+    r"""A point mass: 0 at v = loc, −inf elsewhere. Its values have the dtype of `loc`."""
 
     reparameterized = True
 
     def __init__(self, loc: Any):
-        loc = jnp.asarray(loc)
+        loc = jnp.asarray(as_array("Deterministic", loc))
         self.loc = lax.convert_element_type(loc, jax.dtypes.canonicalize_dtype(loc.dtype))
+        self.is_discrete = not jnp.issubdtype(loc.dtype, jnp.floating)
 
     @property
     def template(self) -> jax.ShapeDtypeStruct:
@@ -210,101 +211,166 @@ class Deterministic(Applied):
         return jnp.where(value == lax.convert_element_type(self.loc, value.dtype), 0.0, -jnp.inf)
 
 
-def _one_of(name: str, logits: Any, probs: Any) -> None:
+def one_of(label: str, logits: Any, probs: Any, names: str = "`logits` or `probs`") -> None:
+    """An error unless exactly one of two arguments is given."""
     if (logits is None) == (probs is None):
-        raise ArgumentError(f"`{name}` takes either `logits` or `probs`, not {'both' if probs is not None else 'none'}.")
+        raise ArgumentError(
+            f"The distribution of {site(label)} takes either {names}, not {'none' if probs is None else 'both'}."
+        )
 
 
-class _Discrete(Applied):
-    """A discrete family of ``logits`` or ``probs``, with int32 values."""
+class _Discrete(_Native):
+    """A family of ``logits`` or ``probs``, with int32 values."""
 
     is_discrete = True
+    by_logits: Callable[..., Any]
+    by_probs: Callable[..., Any]
+    sample_by_probs: Callable[..., Any]
 
-    def __init__(self, logits: Any = None, probs: Any = None):
-        _one_of(type(self).__name__, logits, probs)
-        self.by_logits = logits is not None
-        (parameter,) = as_floats(logits if self.by_logits else probs)
-        self.parameter = jnp.asarray(parameter)
+    def __init__(self, *others: Any, logits: Any, probs: Any):
+        one_of(type(self).__name__, logits, probs)
+        self._by_logits = logits is not None
+        super().__init__(*others, logits if self._by_logits else probs)
 
     @property
-    def template(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.parameter.shape, jnp.int32)
+    def formula(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.by_logits if self._by_logits else self.by_probs
+
+    @property
+    def sampler(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.sample_by_logits if self._by_logits else self.sample_by_probs
+
+    @classmethod
+    def sample_by_logits(cls, key: PRNGKey, like: Any, *parameters: Any) -> Any:
+        *others, logits = parameters
+        return cls.sample_by_probs(key, like, *others, jax.nn.sigmoid(logits))
 
 
-def _log_odds(probs: Any) -> Any:
-    return jnp.log(probs) - jnp.log1p(-probs)
-
-
-def _bernoulli_terms(successes: Any, failures: Any, parameter: Any, by_logits: bool) -> Any:
-    """successes · log p + failures · log(1 − p), finite where a factor is 0 and its logarithm −inf."""
-    if by_logits:
-        return successes * parameter - (successes + failures) * jax.nn.softplus(parameter)
-    return jax.scipy.special.xlogy(successes, parameter) + jax.scipy.special.xlog1py(failures, -parameter)
+def _times_log(factor: Any, log: Callable[[Any], Any], argument: Any, harmless: float) -> Any:
+    """factor · log(argument), which is 0 where the factor is, also where the logarithm and its slope are infinite."""
+    there = factor != 0
+    return jnp.where(there, factor * log(jnp.where(there, argument, harmless)), 0.0)
 
 
 class Bernoulli(_Discrete):
-    r"""v log p + (1 − v) log(1 − p), for v in {0, 1}; by logits, v·logit − softplus(logit)."""
+    r"""v log p + (1 − v) log(1 − p), for v in {0, 1}; by logits, −softplus(∓logit)."""
 
-    def sample(self, key: PRNGKey) -> Any:
-        probs = jax.nn.sigmoid(self.parameter) if self.by_logits else self.parameter
-        uniform = jax.random.uniform(key, self.parameter.shape, self.parameter.dtype)
-        return (uniform < probs).astype(jnp.int32)
+    def __init__(self, logits: Any = None, probs: Any = None):
+        super().__init__(logits=logits, probs=probs)
 
-    def logpdf(self, value: Any) -> Any:
-        floats = value.astype(self.parameter.dtype)
+    @staticmethod
+    def by_logits(value: Any, logits: Any) -> Any:
         inside = (value == 0) | (value == 1)
-        return jnp.where(inside, _bernoulli_terms(floats, 1.0 - floats, self.parameter, self.by_logits), -jnp.inf)
+        return jnp.where(inside, -jax.nn.softplus(jnp.where(value == 1, -logits, logits)), -jnp.inf)
+
+    @staticmethod
+    def by_probs(value: Any, probs: Any) -> Any:
+        success, failure = value == 1, value == 0
+        log_success = jnp.log(jnp.where(success, probs, 1.0))
+        log_failure = jnp.log1p(-jnp.where(failure, probs, 0.0))
+        return jnp.where(success | failure, log_success + log_failure, -jnp.inf)
+
+    @staticmethod
+    def sample_by_probs(key: PRNGKey, like: Any, probs: Any) -> Any:
+        return (jax.random.uniform(key, like.shape, like.dtype) < probs).astype(jnp.int32)
 
 
 class Categorical(_Discrete):
-    r"""logits[v] − logsumexp(logits), over the last axis, for v in {0, …, K − 1}."""
+    r"""logits[v] − logsumexp(logits), over the last axis, for v in {0, …, K − 1}; `probs` need not add up to 1."""
 
     def __init__(self, logits: Any = None, probs: Any = None):
-        super().__init__(logits, probs)
-        if self.parameter.ndim < 1:
-            raise ChoiceShapeError("`Categorical` takes one logit or probability for each category: an array, not a scalar.")
+        super().__init__(logits=logits, probs=probs)
 
-    @property
-    def template(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.parameter.shape[:-1], jnp.int32)
+    def _shape(self, label: str) -> tuple[int, ...]:
+        if is_number(self.parameters[0]) or self.parameters[0].ndim < 1:
+            raise ChoiceShapeError(
+                f"The distribution of {site(label)} takes an array with one logit or probability for each category, "
+                "not a scalar."
+            )
+        return self.parameters[0].shape[:-1]
 
-    def _log_probs(self) -> Any:
-        if self.by_logits:
-            return jax.nn.log_softmax(self.parameter, axis=-1)
-        return jnp.log(self.parameter)
-
-    def sample(self, key: PRNGKey) -> Any:
-        logits = self.parameter if self.by_logits else jnp.log(self.parameter)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-
-    def logpdf(self, value: Any) -> Any:
-        inside = (value >= 0) & (value < self.parameter.shape[-1])
+    @staticmethod
+    def _pick(value: Any, parameter: Any) -> tuple[Any, Any]:
+        """Whether the value is a category, and the parameter at it."""
+        inside = (value >= 0) & (value < parameter.shape[-1])
         index = jnp.where(inside, value, 0)[..., None]
-        log_prob = jnp.take_along_axis(self._log_probs(), index, axis=-1)[..., 0]
-        return jnp.where(inside, log_prob, -jnp.inf)
+        return inside, jnp.take_along_axis(parameter, index, axis=-1)[..., 0]
+
+    @staticmethod
+    def by_logits(value: Any, logits: Any) -> Any:
+        inside, logit = Categorical._pick(value, logits)
+        return jnp.where(inside, logit - jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+
+    @staticmethod
+    def by_probs(value: Any, probs: Any) -> Any:
+        # The logarithm of the one that counts: at a probability of 0 elsewhere it has no derivative.
+        inside, prob = Categorical._pick(value, probs)
+        return jnp.where(inside, jnp.log(jnp.where(inside, prob, 1.0)) - jnp.log(jnp.sum(probs, axis=-1)), -jnp.inf)
+
+    @classmethod
+    def sample_by_logits(cls, key: PRNGKey, like: Any, *parameters: Any) -> Any:
+        return jax.random.categorical(key, *parameters).astype(jnp.int32)
+
+    @staticmethod
+    def sample_by_probs(key: PRNGKey, like: Any, probs: Any) -> Any:
+        return jax.random.categorical(key, jnp.log(probs)).astype(jnp.int32)
 
 
 class Binomial(_Discrete):
-    r"""log C(n, v) + v log p + (n − v) log(1 − p), for v in {0, …, n}."""
+    r"""log C(n, v) + v log p + (n − v) log(1 − p), for v in {0, …, n}.
+
+    By Stirling's formula the factorials are √(2π n) (n/e)ⁿ exp δ(n), and the large terms meet those of p:
+
+        v (log p − log v/n) + u (log(1 − p) − log u/n) + ½ log(n / (2π v u)) + δ(n) − δ(v) − δ(u),   u = n − v,
+
+    so that nothing large cancels. After C. Loader, "Fast and accurate computation of binomial probabilities", 2000.
+    """
 
     def __init__(self, total_count: Any, logits: Any = None, probs: Any = None):
-        super().__init__(logits, probs)
-        total_count, parameter = as_floats(total_count, self.parameter)
-        shape = common_shape(total_count, parameter)
-        self.parameter = jnp.broadcast_to(parameter, shape)
-        self.total_count = _lift(total_count, self.parameter)
+        super().__init__(total_count, logits=logits, probs=probs)
 
-    def sample(self, key: PRNGKey) -> Any:
-        probs = jax.nn.sigmoid(self.parameter) if self.by_logits else self.parameter
-        count = jnp.asarray(self.total_count, probs.dtype)
-        return jax.random.binomial(key, count, probs, probs.shape, probs.dtype).astype(jnp.int32)
+    @staticmethod
+    def by_logits(value: Any, total_count: Any, logits: Any) -> Any:
+        log_success, log_failure = (lambda logits: -jax.nn.softplus(-logits)), (lambda logits: -jax.nn.softplus(logits))
+        return Binomial._density(value, total_count, logits, log_success, log_failure, 0.0)
 
-    def logpdf(self, value: Any) -> Any:
-        floats, count = value.astype(self.parameter.dtype), self.total_count
+    @staticmethod
+    def by_probs(value: Any, total_count: Any, probs: Any) -> Any:
+        return Binomial._density(value, total_count, probs, jnp.log, lambda probs: jnp.log1p(-probs), 0.5)
+
+    @staticmethod
+    def _density(
+        value: Any,
+        total_count: Any,
+        parameter: Any,
+        log_success: Callable[[Any], Any],
+        log_failure: Callable[[Any], Any],
+        harmless: float,
+    ) -> Any:
+        count = jnp.asarray(total_count, jnp.result_type(float) if is_number(total_count) else None)
+        floats = value.astype(count.dtype)
         inside = (floats >= 0) & (floats <= count)
         successes = jnp.where(inside, floats, 0.0)
-        failures = count - successes
-        log_gamma = jax.scipy.special.gammaln
-        log_ways = log_gamma(count + 1.0) - log_gamma(successes + 1.0) - log_gamma(failures + 1.0)
-        terms = _bernoulli_terms(successes, failures, self.parameter, self.by_logits)
-        return jnp.where(inside, log_ways + terms, -jnp.inf)
+        failures = jnp.where(inside, count - floats, 0.0)
+        terms = _times_log(successes, log_success, parameter, harmless)
+        terms = terms + _times_log(failures, log_failure, parameter, harmless)
+        between = (successes > 0) & (failures > 0)
+        v, u, n = jnp.where(between, successes, 1.0), jnp.where(between, failures, 1.0), jnp.where(between, count, 2.0)
+        log_ways = -v * jnp.log(v / n) - u * jnp.log(u / n) + 0.5 * jnp.log(n / (2 * math.pi * v * u))
+        log_ways = log_ways + _stirling_error(n) - _stirling_error(v) - _stirling_error(u)
+        return jnp.where(inside, jnp.where(between, log_ways, 0.0) + terms, -jnp.inf)
+
+    @staticmethod
+    def sample_by_probs(key: PRNGKey, like: Any, total_count: Any, probs: Any) -> Any:
+        count = jnp.asarray(total_count, like.dtype)
+        return jax.random.binomial(key, count, jnp.asarray(probs, like.dtype), like.shape, like.dtype).astype(jnp.int32)
+
+
+def _stirling_error(count: Any) -> Any:
+    """δ(n) = log n! − n log n + n − ½ log(2π n), for n ≥ 1."""
+    small = count < 12
+    low, high = jnp.where(small, count, 1.0), jnp.where(small, 12.0, count)
+    exact = lax.lgamma(low + 1.0) - (low + 0.5) * jnp.log(low) + low - _HALF_LOG_TWO_PI
+    square = 1.0 / (high * high)
+    series = (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680))) / high
+    return jnp.where(small, exact, series)

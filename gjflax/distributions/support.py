@@ -1,15 +1,15 @@
-r"""Supports: where a family's density is not 0.
+r"""Supports: where a TFP family's density is not 0.
 
 TFP computes its densities by formulas that hold inside the support, and outside of it returns NaN, or a finite
 number, unless it is asked to validate its arguments, which it does by raising. A sampler that proposes such a value
 needs −inf. A `Support` says which values are inside, and gives a value that is, so that neither the density nor its
-gradient is ever computed outside.
+gradient is ever computed outside. An infinite value is outside of every support.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,23 +17,21 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """A support.
+    """The support of a family of TFP distributions. Both functions take a value and the distribution.
 
     Attributes:
-      contains: ``contains(value, distribution)``, a boolean for each event of the TFP distribution.
-      interior: ``interior(value, distribution)``, a value inside, of the shape of `value`.
-      event_ndims: the number of axes of one event.
+      contains: whether each event of the value is inside: a boolean array without the axes of an event.
+      interior: a value inside, of the shape of the given one.
     """
 
     contains: Callable[[Any, Any], Any]
     interior: Callable[[Any, Any], Any]
-    event_ndims: int = 0
 
     def guard(self, logpdf: Callable[[Any], Any], value: Any, distribution: Any) -> Any:
         """``logpdf(value)`` inside the support and −inf outside, with a gradient that is finite in both."""
         inside = self.contains(value, distribution)
-        event = inside.reshape(inside.shape + (1,) * self.event_ndims)
-        safe = jnp.where(event, value, self.interior(value, distribution).astype(value.dtype))
+        event = inside.reshape(inside.shape + (1,) * (value.ndim - inside.ndim))
+        safe = jnp.where(event, value, jnp.asarray(self.interior(value, distribution), value.dtype))
         return jnp.where(inside, logpdf(safe), -jnp.inf)
 
 
@@ -41,8 +39,36 @@ def _constant(number: float) -> Callable[[Any, Any], Any]:
     return lambda value, _: jnp.full(value.shape, number, value.dtype)
 
 
+def _scalars(contains: Callable[[Any], Any], inside: float) -> Support:
+    """A support in R that does not depend on the arguments."""
+    return Support(lambda value, _: contains(value), _constant(inside))
+
+
+def _from(bound: Callable[[Any], Any], strictly: bool = False) -> Support:
+    """The numbers from a bound on, which an argument gives."""
+
+    def contains(value: Any, distribution: Any) -> Any:
+        low = bound(distribution)
+        return ((value > low) if strictly else (value >= low)) & (value < jnp.inf)
+
+    return Support(contains, lambda value, distribution: jnp.broadcast_to(bound(distribution) + 1.0, value.shape))
+
+
+def _between(low: Callable[[Any], Any], high: Callable[[Any], Any]) -> Support:
+    """The numbers between two bounds, which the arguments give and which may be infinite."""
+
+    def interior(value: Any, distribution: Any) -> Any:
+        bounds = low(distribution), high(distribution)
+        from_below, from_above = bounds[0] + 1.0, bounds[1] - 1.0
+        middle = jnp.where(jnp.isinf(bounds[1]), from_below, 0.5 * (bounds[0] + bounds[1]))
+        one_sided = jnp.where(jnp.isinf(bounds[0]), jnp.where(jnp.isinf(bounds[1]), 0.0, from_above), middle)
+        return jnp.broadcast_to(one_sided, value.shape)
+
+    return Support(lambda v, d: (v >= low(d)) & (v <= high(d)) & jnp.isfinite(v), interior)
+
+
 def _whole(value: Any) -> Any:
-    return value == jnp.floor(value)
+    return (value == jnp.floor(value)) & (jnp.abs(value) < jnp.inf)
 
 
 def _tolerance(value: Any) -> float:
@@ -70,30 +96,223 @@ def _all_in_first(value: Any, distribution: Any) -> Any:
     return _first_axis(value, None) * jnp.asarray(distribution.total_count)[..., None]
 
 
-def _is_positive_definite(value: Any, _: Any) -> Any:
-    # Eigenvalues and not a Cholesky factor, which reads one triangle only and so takes asymmetric matrices.
+def _is_symmetric(value: Any) -> Any:
     transposed = jnp.swapaxes(value, -1, -2)
-    close = jnp.abs(value - transposed) <= _tolerance(value) * (1 + jnp.abs(value))
-    return jnp.all(close, (-1, -2)) & (jnp.linalg.eigvalsh((value + transposed) / 2)[..., 0] > 0)
+    return jnp.all(jnp.abs(value - transposed) <= _tolerance(value) * (1 + jnp.abs(value)), (-1, -2))
+
+
+def _is_positive_definite(value: Any, distribution: Any) -> Any:
+    if getattr(distribution, "input_output_cholesky", False):
+        return _is_cholesky(value)
+    # Eigenvalues and not a Cholesky factor, which reads one triangle only and so takes asymmetric matrices.
+    finite = jnp.all(jnp.isfinite(value), (-1, -2))
+    safe = jnp.where(finite[..., None, None], value, _identity(value, None))
+    smallest = jnp.linalg.eigvalsh((safe + jnp.swapaxes(safe, -1, -2)) / 2)[..., 0]
+    return finite & _is_symmetric(safe) & (smallest > 0)
+
+
+def _is_cholesky(value: Any) -> Any:
+    lower = jnp.all(jnp.triu(value, 1) == 0, (-1, -2)) & jnp.all(jnp.isfinite(value), (-1, -2))
+    return lower & jnp.all(jnp.diagonal(value, axis1=-2, axis2=-1) > 0, -1)
 
 
 def _is_correlation_cholesky(value: Any, _: Any) -> Any:
-    lower = jnp.all(jnp.triu(value, 1) == 0, (-1, -2))
-    positive = jnp.all(jnp.diagonal(value, axis1=-2, axis2=-1) > 0, -1)
-    return lower & positive & jnp.all(jnp.abs(jnp.sum(value**2, -1) - 1) <= 4 * _tolerance(value), -1)
+    return _is_cholesky(value) & jnp.all(jnp.abs(jnp.sum(value**2, -1) - 1) <= 4 * _tolerance(value), -1)
+
+
+def _is_correlation(value: Any, distribution: Any) -> Any:
+    if distribution.input_output_cholesky:
+        return _is_correlation_cholesky(value, distribution)
+    diagonal = jnp.diagonal(value, axis1=-2, axis2=-1)
+    return _is_positive_definite(value, None) & jnp.all(jnp.abs(diagonal - 1) <= 4 * _tolerance(value), -1)
 
 
 def _identity(value: Any, _: Any) -> Any:
     return jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=value.dtype), value.shape)
 
 
-positive = Support(lambda v, _: v > 0, _constant(1.0))
-nonnegative = Support(lambda v, _: v >= 0, _constant(1.0))
-unit_interval = Support(lambda v, _: (v >= 0) & (v <= 1), _constant(0.5))
-counts = Support(lambda v, _: (v >= 0) & _whole(v), _constant(0.0))
+def _is_finite(value: Any, distribution: Any) -> Any:
+    return jnp.all(jnp.isfinite(value), tuple(range(-len(distribution.event_shape), 0)))
+
+
+real = Support(_is_finite, _constant(0.0))
+positive = _scalars(lambda v: (v > 0) & (v < jnp.inf), 1.0)
+nonnegative = _scalars(lambda v: (v >= 0) & (v < jnp.inf), 1.0)
+unit_interval = _scalars(lambda v: (v >= 0) & (v <= 1), 0.5)
+open_unit_interval = _scalars(lambda v: (v > 0) & (v < 1), 0.5)
+binary = _scalars(lambda v: (v == 0) | (v == 1), 0.0)
+whole = _scalars(_whole, 0.0)
+counts = _scalars(lambda v: (v >= 0) & _whole(v), 0.0)
+counts_from_one = _scalars(lambda v: (v >= 1) & _whole(v), 1.0)
 bounded_counts = Support(lambda v, d: (v >= 0) & (v <= d.total_count) & _whole(v), _constant(0.0))
-simplex = Support(_in_simplex, lambda v, _: jnp.full(v.shape, 1 / v.shape[-1], v.dtype), 1)
-one_hot = Support(_is_one_hot, _first_axis, 1)
-fixed_total = Support(_adds_up, _all_in_first, 1)
-positive_definite = Support(_is_positive_definite, _identity, 2)
-correlation_cholesky = Support(_is_correlation_cholesky, _identity, 2)
+simplex = Support(_in_simplex, lambda v, _: jnp.full(v.shape, 1 / v.shape[-1], v.dtype))
+one_hot = Support(_is_one_hot, _first_axis)
+fixed_total = Support(_adds_up, _all_in_first)
+positive_definite = Support(_is_positive_definite, _identity)
+correlation = Support(_is_correlation, _identity)
+correlation_cholesky = Support(_is_correlation_cholesky, _identity)
+
+
+def _categories(distribution: Any) -> Any:
+    return (distribution.logits if distribution.probs is None else distribution.probs).shape[-1]
+
+
+categories = Support(lambda v, d: (v >= 0) & (v < _categories(d)) & _whole(v), _constant(0.0))
+interval = _between(lambda d: d.low, lambda d: d.high)
+
+SUPPORTS: Mapping[str, Support] = {
+    "Normal": real,
+    "LogNormal": positive,
+    "HalfNormal": nonnegative,
+    "TruncatedNormal": interval,
+    "TruncatedCauchy": interval,
+    "Triangular": interval,
+    "PERT": interval,
+    "StudentT": real,
+    "HalfStudentT": _from(lambda d: d.loc),
+    "Cauchy": real,
+    "HalfCauchy": _from(lambda d: d.loc),
+    "Laplace": real,
+    "Logistic": real,
+    "LogLogistic": positive,
+    "LogitNormal": open_unit_interval,
+    "Gumbel": real,
+    "Moyal": real,
+    "Uniform": interval,
+    "Exponential": nonnegative,
+    "Gamma": nonnegative,
+    "GammaGamma": nonnegative,
+    "InverseGamma": positive,
+    "InverseGaussian": positive,
+    "Chi": nonnegative,
+    "Chi2": nonnegative,
+    "NoncentralChi2": nonnegative,
+    "Beta": unit_interval,
+    "Kumaraswamy": unit_interval,
+    "ContinuousBernoulli": unit_interval,
+    "RelaxedBernoulli": open_unit_interval,
+    "Weibull": nonnegative,
+    "Pareto": _from(lambda d: d.scale),
+    # The density of an angle, which has a period of 2π: so of every number, not of those in (−π, π) alone.
+    "VonMises": real,
+    "Dirichlet": simplex,
+    "RelaxedOneHotCategorical": simplex,
+    "MultivariateNormalDiag": real,
+    "MultivariateNormalTriL": real,
+    "MultivariateNormalFullCovariance": real,
+    "MultivariateNormalLinearOperator": real,
+    "MultivariateStudentTLinearOperator": real,
+    "GaussianProcess": real,
+    "LinearGaussianStateSpaceModel": real,
+    "WishartTriL": positive_definite,
+    "WishartLinearOperator": positive_definite,
+    "LKJ": correlation,
+    "CholeskyLKJ": correlation_cholesky,
+    "Bernoulli": binary,
+    "ProbitBernoulli": binary,
+    "Binomial": bounded_counts,
+    "BetaBinomial": bounded_counts,
+    "Categorical": categories,
+    "OneHotCategorical": one_hot,
+    "Multinomial": fixed_total,
+    "DirichletMultinomial": fixed_total,
+    "Poisson": counts,
+    "PoissonLogNormalQuadratureCompound": counts,
+    "NegativeBinomial": counts,
+    "Geometric": counts,
+    "Skellam": whole,
+    "Zipf": counts_from_one,
+}
+"""By the names of TFP's classes."""
+
+DISCRETE = frozenset(
+    {"Bernoulli", "ProbitBernoulli", "Binomial", "BetaBinomial", "Categorical", "OneHotCategorical", "Multinomial"}
+    | {"DirichletMultinomial", "Poisson", "PoissonLogNormalQuadratureCompound", "NegativeBinomial", "Geometric"}
+    | {"Skellam", "Zipf", "OrderedLogistic", "StoppingRatioLogistic", "PlackettLuce"}
+)
+"""TFP's classes whose values are whole numbers, also where TFP makes floats of them."""
+
+
+def name_of(distribution: Any) -> str:
+    """The name of a distribution's class if it is one of TFP's own, else the empty string."""
+    kind = type(distribution)
+    return kind.__name__ if kind.__module__.startswith("tensorflow_probability.") else ""
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether a distribution's values are whole numbers."""
+    part = {"Independent": "distribution", "Sample": "distribution", "MixtureSameFamily": "components_distribution"}
+    part["HiddenMarkovModel"] = "observation_distribution"
+    name = name_of(distribution)
+    if name in part:
+        return is_discrete(getattr(distribution, part[name]))
+    return name in DISCRETE
+
+
+def support_of(distribution: Any) -> Support | None:
+    """The support of a distribution, that of a composite from its parts; None where it is not known."""
+    name = name_of(distribution)
+    if name == "Independent":
+        return _of_independent(support_of(distribution.distribution))
+    if name == "MixtureSameFamily":
+        return _of_elements(distribution.components_distribution, len(distribution.event_shape))
+    if name == "HiddenMarkovModel" and distribution.mask is None:
+        return _of_chain(distribution.observation_distribution)
+    if name == "TransformedDistribution":
+        return _of_transformed(support_of(distribution.distribution) or real)
+    return SUPPORTS.get(name)
+
+
+def _of_independent(inner: Support | None) -> Support | None:
+    if inner is None:
+        return None
+
+    def contains(value: Any, distribution: Any) -> Any:
+        return _all_but(len(distribution.batch_shape), inner.contains(value, distribution.distribution))
+
+    return Support(contains, lambda value, distribution: inner.interior(value, distribution.distribution))
+
+
+def _all_but(kept: int, inside: Any) -> Any:
+    """Whether all are inside, over the axes that are not those of the batch."""
+    return jnp.all(inside, tuple(range(kept, inside.ndim)))
+
+
+def _of_elements(elements: Any, event_ndims: int) -> Support | None:
+    """The union of the supports of a batch of distributions, whose last batch axis the value does not have."""
+    inner = support_of(elements)
+    if inner is None:
+        return None
+
+    def spread(value: Any) -> Any:
+        expanded = jnp.expand_dims(value, -1 - event_ndims)
+        shape = (*expanded.shape[: -1 - event_ndims], elements.batch_shape[-1], *value.shape[value.ndim - event_ndims :])
+        return jnp.broadcast_to(expanded, shape)
+
+    def interior(value: Any, _: Any) -> Any:
+        return jnp.take(inner.interior(spread(value), elements), 0, axis=-1 - event_ndims)
+
+    return Support(lambda value, _: jnp.any(inner.contains(spread(value), elements), -1), interior)
+
+
+def _of_chain(observation: Any) -> Support | None:
+    """The union over the states, at every step."""
+    union = _of_elements(observation, len(observation.event_shape))
+    if union is None:
+        return None
+    return Support(lambda value, distribution: jnp.all(union.contains(value, distribution), -1), union.interior)
+
+
+def _of_transformed(base: Support) -> Support:
+    """The image of a support. A value that has no inverse has NaN for one, or an infinite one."""
+
+    def contains(value: Any, distribution: Any) -> Any:
+        inverse = distribution.bijector.inverse(value)
+        kept = len(distribution.batch_shape)
+        inside = base.contains(inverse, distribution.distribution)
+        return _all_but(kept, inside) & _all_but(kept, jnp.isfinite(inverse))
+
+    def interior(value: Any, distribution: Any) -> Any:
+        return distribution.bijector.forward(base.interior(distribution.bijector.inverse(value), distribution.distribution))
+
+    return Support(contains, interior)

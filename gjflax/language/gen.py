@@ -16,6 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import errors as flax_errors
 
 from gjflax.core import context
@@ -194,7 +195,8 @@ def run_body(module: Any, handler: handlers.Handler, args: Arguments) -> tuple[A
     """Run a module's body under a handler: its return value, and the handler's outcome."""
     if type(module).body_is_lifted:
         # The transformation lets values through only as arguments and results; so goes the handler.
-        return module(*args, handler)
+        # Outside of jit it gives constants back as NumPy-like arrays, which would be another type to `jax.jit`.
+        return jax.tree.map(jnp.asarray, module(*args, handler))
     handler.begin()
     with context.running(module, handler):
         retval = module(*args)

@@ -35,15 +35,16 @@ class Handler(Pytree):
     def begin(self) -> None:
         """Start a run: forget what an earlier one left."""
         object.__setattr__(self, "visited", {})
+        object.__setattr__(self, "depth", 1)
         object.__setattr__(self, "keys", KeySource(self.key))
 
     def visit(self, address: Path, callee: Any, args: tuple[Any, ...]) -> Any:
         """One `trace` statement: the callee's return value."""
-        visited: dict[Path, Any] = self.visited  # pyright: ignore[reportAttributeAccessIssue]
-        if address in visited or _overlaps(address, visited):
+        visited = self._records
+        if address in visited or self._overlaps(address):
             raise DuplicateAddressError(
                 f"The address {show_address(address)} is used twice in one body (or one use is a prefix of another). "
-                "Give each choice an address of its own, in a loop f\"z{i}\", or map the callee with `Map`."
+                'Give each choice an address of its own, in a loop f"z{i}", or map the callee with `Map`.'
             )
         retval, visited[address] = self.call(address, callee, args)
         return retval
@@ -56,7 +57,15 @@ class Handler(Pytree):
         """The results of the run, a pytree."""
         raise NotImplementedError
 
-    def _key(self, address: Path, callee: Any) -> Any:
+    def _overlaps(self, address: Path) -> bool:
+        """Whether the address and one that was visited are prefixes of each other."""
+        depth = max(self.depth, len(address))  # pyright: ignore[reportAttributeAccessIssue]
+        object.__setattr__(self, "depth", depth)
+        if depth == 1:
+            return False
+        return any(address[: len(other)] == other[: len(address)] for other in self._records)
+
+    def _key(self, address: Path) -> Any:
         return self.keys.at(address)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _end(self) -> Any:
@@ -65,12 +74,6 @@ class Handler(Pytree):
     @property
     def _records(self) -> dict[Path, Any]:
         return self.visited  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _overlaps(address: Path, visited: dict[Path, Any]) -> bool:
-    if len(address) == 1 and all(len(other) == 1 for other in visited):
-        return False
-    return any(address[: len(other)] == other or other[: len(address)] == address for other in visited)
 
 
 def _check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, prefix: tuple[Any, ...]) -> None:
@@ -82,8 +85,9 @@ def _check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, p
             f"A value was given for {show_address(prefix)}, which is a generative function with choices of its own, "
             f"not a single choice. {nearest('', visited)}"
         )
+    lengths = sorted({len(path) for path in visited})
     for address in choices.addresses():
-        if not any(address[: len(path)] == path for path in visited):
+        if not any(address[:length] in visited for length in lengths):
             raise UnvisitedConstraintError(
                 f"A value was given for {show_address((*prefix, *address))}, which is not a choice of this generative "
                 f"function. {nearest(address, [(*prefix, *path) for path in visited])} To ignore what is not used, "
@@ -110,7 +114,7 @@ class Simulate(Handler):
     key: Any
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        _, trace = callee.simulate(self._key(address, callee), args)
+        _, trace = callee.simulate(self._key(address), args)
         return trace.get_retval(), trace
 
     def outcome(self) -> Any:
@@ -127,7 +131,7 @@ class Importance(Handler):
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
         below = self.choices.get_subtree(address)
-        key = self._key(address, callee)
+        key = self._key(address)
         if below.is_empty():
             _, trace = callee.simulate(key, args)
             return trace.get_retval(), (None, trace)
@@ -149,7 +153,7 @@ class Assess(Handler):
     strict: bool = static_field(default=True)
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        key = self._key(address, callee) if callee.needs_variables else self.key
+        key = self._key(address) if callee.needs_variables else self.key
         _, (retval, score) = callee.assess(key, self.choices.get_subtree(address), args, **_options(self.strict))
         return retval, score
 
@@ -169,7 +173,7 @@ class Update(Handler):
     param_diff: Change = static_field(default=unknown_change)
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        below, key = self.choices.get_subtree(address), self._key(address, callee)
+        below, key = self.choices.get_subtree(address), self._key(address)
         if address not in self.traces:
             _, (weight, trace) = callee.importance(key, below, args, **_options(self.strict))
             return trace.get_retval(), (weight, trace, EmptyChoiceMap())
@@ -202,7 +206,7 @@ class Regenerate(Handler):
     param_diff: Change = static_field(default=unknown_change)
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        key = self._key(address, callee)
+        key = self._key(address)
         if address not in self.traces:
             _, trace = callee.simulate(key, args)
             return trace.get_retval(), (None, trace)
@@ -231,7 +235,7 @@ class Constrain(Handler):
         choices, log_det = callee.constrain(
             self.unconstrained.get_subtree(address), args, fixed=self.fixed.get_subtree(address)
         )
-        _, (retval, _) = callee.assess(self._key(address, callee), choices, args)
+        _, (retval, _) = callee.assess(self._key(address), choices, args)
         return retval, (choices, log_det)
 
     def outcome(self) -> Any:

@@ -119,5 +119,3 @@ def require_reparameterized(trace: Trace) -> None:
                 "...), sum the choice out of the model, or, for a distribution of your own whose sampler is "
                 "differentiable, declare `reparameterized=True`."
             )
-
-
