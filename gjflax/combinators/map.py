@@ -18,7 +18,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core.scope import DenyList
 
 from gjflax.core.choice_map import (
     ChoiceMap,
@@ -27,27 +26,25 @@ from gjflax.core.choice_map import (
     choice_map,
     vector,
 )
+from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, unknown_change
 from gjflax.core.errors import ArgumentError, ChoiceMapError, ChoiceShapeError, SelectionError, show_address
-from gjflax.core.context import current_address
 from gjflax.core.generative_function import GenerativeFunction
-from gjflax.core.pytree import static_field
+from gjflax.core.lifting import share_inner_scope, vmap_module
+from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
-from gjflax.core.transparent import share_inner_scope
-from gjflax.core.typing import Arguments, PRNGKey, Score
-
-_SOWN = ("intermediates", "diagnostics")
+from gjflax.core.typing import Arguments, PRNGKey, PRNGKeys, Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MapTrace(Trace):
     """The traces of the elements, as one trace with a leading axis."""
 
-    gen_fn: Any = static_field()
+    gen_fn: Any = dataclasses.field(metadata=STATIC)
     args: Any
     inner: Trace
-    length: int = static_field()
+    length: int = dataclasses.field(metadata=STATIC)
 
     def get_gen_fn(self) -> Any:
         return self.gen_fn
@@ -78,8 +75,13 @@ class MapTrace(Trace):
         return self.inner.leaves(prefix)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        if selection.mentions_indices:
+            raise SelectionError(
+                f"`unconstrain` maps the choices of all elements of a `Map`; the selection at "
+                f"{show_address(current_address())} names elements {sorted(selection.indices)}."
+            )
         choices, log_det = jax.vmap(lambda inner: inner.unconstrain(selection))(self.inner)
-        return vector(range(self.length), choices), jnp.sum(log_det)
+        return vector(range(self.length), choices), _sum_elements(log_det)
 
     def get_subtree(self, address: Any) -> Any:
         return self.strip().get_subtree(address)
@@ -187,7 +189,7 @@ class Map(GenerativeFunction):
     def update(
         self,
         key: PRNGKey,
-        trace: MapTrace,
+        trace: Any,
         choices: ChoiceMap,
         argdiffs: Arguments,
         *,
@@ -219,7 +221,7 @@ class Map(GenerativeFunction):
     def regenerate(
         self,
         key: PRNGKey,
-        trace: MapTrace,
+        trace: Any,
         selection: Selection,
         argdiffs: Arguments,
         *,
@@ -326,11 +328,14 @@ class Map(GenerativeFunction):
     def _elements(self, choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
         """The inner choices, with the elements on the leading axis; and the indices, None for all in order."""
         if choices.is_empty():
-            return choices, None
+            return EmptyChoiceMap(), None
         if isinstance(choices, VectorChoiceMap):
             if choices.covers(length):
                 return choices.inner, None
             indices = choices.static_indices
+            if indices is not None and sorted(indices) == list(range(length)):
+                order = np.argsort(indices)
+                return jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], choices.inner), None
             if indices is not None and max(indices) >= length:
                 raise ChoiceMapError(
                     f"The choice map gives element {max(indices)} of {show_address(current_address())}, which has "
@@ -349,9 +354,11 @@ class Map(GenerativeFunction):
 
     @nn.nowrap
     def _check_indices(self, selection: Selection, length: int) -> None:
-        beyond = [part for part, _ in getattr(selection, "children", ()) if isinstance(part, int) and part >= length]
-        if beyond:
-            raise SelectionError(f"The selection names element {beyond[0]} of a Map of {length} elements.")
+        if selection.indices and max(selection.indices) >= length:
+            raise SelectionError(
+                f"The selection names element {max(selection.indices)} of the Map at {show_address(current_address())}, "
+                f"which has {length} elements (0 to {length - 1})."
+            )
 
     @nn.nowrap
     def _lifted(self, function: Callable[..., Any], length: int, in_axes: tuple[Any, ...]) -> Callable[..., Any]:
@@ -359,21 +366,10 @@ class Map(GenerativeFunction):
             return lambda inner, *args: jax.vmap(
                 lambda *element: function(inner, *element), in_axes=in_axes, axis_size=length
             )(*args)
-        own_axes = dict(_thawed(self.variable_axes) or {})
-        sown = tuple(name for name in _SOWN if name not in own_axes)
-        variable_axes = {
-            **own_axes,
-            **dict.fromkeys(sown, 0),
-            DenyList((*own_axes, *sown)): None,
-        }
-        own_splits = dict(_thawed(self.split_rngs) or {})
-        if "params" not in own_splits:
-            own_splits["params"] = own_axes.get("params") is not None
-        split_rngs = {**own_splits, DenyList(tuple(own_splits)): True}
-        return nn.vmap(function, variable_axes=variable_axes, split_rngs=split_rngs, in_axes=in_axes, axis_size=length)
+        return vmap_module(function, in_axes, length, _thawed(self.variable_axes), _thawed(self.split_rngs))
 
 
-def _split(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKey]:
+def _split(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKeys]:
     key, below = jax.random.split(key)
     return key, jax.random.split(below, count)
 
@@ -422,6 +418,9 @@ def _with_options(function: Callable[..., Any], strict: bool, param_diff: Any = 
     return lambda *args: function(*args, **options)
 
 
+_NOT_MAPPED = object()
+
+
 def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, Any, int]]:
     """The leaves of an argument that are mapped, with their names and axes."""
     if axis is None:
@@ -431,7 +430,7 @@ def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, A
         return [(f"{position}{jax.tree_util.keystr(path)}", leaf, axis) for path, leaf in paths]
     try:
         axes = jax.tree.map(
-            lambda one, part: jax.tree.map(lambda _: -1 if one is None else one, part),
+            lambda one, part: jax.tree.map(lambda _: _NOT_MAPPED if one is None else one, part),
             axis,
             argument,
             is_leaf=lambda node: node is None,
@@ -440,15 +439,18 @@ def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, A
         raise ArgumentError(f"`in_axes` does not have the structure of argument {position}: {error}") from error
     paths = jax.tree_util.tree_flatten_with_path(argument)[0]
     pairs = zip(paths, jax.tree.leaves(axes), strict=True)
-    return [(f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one != -1]
+    return [(f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one is not _NOT_MAPPED]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Frozen:
     """A dict or list as a hashable value."""
 
     kind: type
     items: tuple[Hashable, ...]
+
+    def __repr__(self) -> str:
+        return repr(_thawed(self))
 
 
 def _hashable(value: Any) -> Any:

@@ -8,7 +8,7 @@ initial values, or, given a trace, with those that the trace was made with.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,10 +22,11 @@ from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.diff import Change, Diff, unknown_change
 from gjflax.core.errors import ArgumentError
 from gjflax.core.generative_function import GenerativeFunction
-from gjflax.core.pytree import static_field
+from gjflax.core.interface import is_tracer
+from gjflax.core.lifting import share_inner_scope
+from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace
-from gjflax.core.transparent import share_inner_scope
+from gjflax.core.trace import Trace, strong
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
@@ -33,7 +34,7 @@ from gjflax.core.typing import Arguments, PRNGKey, Score
 class TrainTrace(Trace):
     """The trace of the inner function, whose last argument are the parameters."""
 
-    gen_fn: Any = static_field()
+    gen_fn: Any = dataclasses.field(metadata=STATIC)
     inner: Trace
 
     def get_gen_fn(self) -> Any:
@@ -69,9 +70,9 @@ class FrozenParams:
     """Initial parameters as a hashable value: equal where structure and numbers are."""
 
     def __init__(self, tree: Any):
-        self.tree = jax.tree.map(lambda leaf: leaf, dict(tree))
+        self.tree = jax.tree.map(lambda leaf: leaf, unfreeze(dict(tree)))
         leaves, self._structure = jax.tree.flatten(self.tree)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(is_tracer(leaf) for leaf in leaves):
             raise ArgumentError(
                 "`TrainCombinator`'s `params` are initial values, known while tracing; got a traced array. Pass trained "
                 "parameters with `bind` or `apply`."
@@ -88,6 +89,9 @@ class FrozenParams:
 
     def __repr__(self) -> str:
         return repr(self.tree)
+
+    def _tree_children(self) -> Iterable[tuple[str, Any]]:
+        return self.tree.items()
 
 
 class TrainCombinator(GenerativeFunction):
@@ -143,14 +147,14 @@ class TrainCombinator(GenerativeFunction):
         return self.inner.assess(key, choices, (*args, self._values()), **options)
 
     def update(
-        self, key: PRNGKey, trace: TrainTrace, choices: ChoiceMap, argdiffs: Arguments, **options: Any
+        self, key: PRNGKey, trace: Any, choices: ChoiceMap, argdiffs: Arguments, **options: Any
     ) -> tuple[PRNGKey, tuple[Any, Score, TrainTrace, ChoiceMap]]:
         argdiffs = self._with_params(trace, argdiffs, options.get("param_diff", unknown_change))
         key, (retdiff, weight, inner, discard) = self.inner.update(key, trace.inner, choices, argdiffs, **options)
         return key, (retdiff, weight, self._trace(inner), discard)
 
     def regenerate(
-        self, key: PRNGKey, trace: TrainTrace, selection: Selection, argdiffs: Arguments, **options: Any
+        self, key: PRNGKey, trace: Any, selection: Selection, argdiffs: Arguments, **options: Any
     ) -> tuple[PRNGKey, tuple[Any, Score, TrainTrace]]:
         argdiffs = self._with_params(trace, argdiffs, options.get("param_diff", unknown_change))
         key, (retdiff, weight, inner) = self.inner.regenerate(key, trace.inner, selection, argdiffs, **options)
@@ -185,14 +189,14 @@ class TrainCombinator(GenerativeFunction):
         assert scope is not None
         initial = self.params.tree
         if "params" not in scope.root.variables() and not self.is_mutable_collection("params"):
-            return jax.tree.map(jnp.asarray, initial)
+            return jax.tree.map(strong, initial)
         for name, value in initial.items():
             if not scope.name_reserved(name, "params"):
                 scope.reserve(name, "params")
             if not self.has_variable("params", name):
                 if not self.is_mutable_collection("params"):
                     raise flax_errors.ScopeParamNotFoundError(name, scope.path_text)
-                self.put_variable("params", name, jax.tree.map(jnp.asarray, value))
+                self.put_variable("params", name, jax.tree.map(strong, value))
         values = {name: unfreeze(nn.meta.unbox(self.get_variable("params", name))) for name in initial}
         self._check_like_initial(values)
         return values

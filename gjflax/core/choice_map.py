@@ -239,7 +239,7 @@ class VectorChoiceMap(ChoiceMap):
         return self.inner.names()
 
     def is_empty(self) -> bool:
-        return self.inner.is_empty()
+        return len(self) == 0 or self.inner.is_empty()
 
     def is_value(self) -> bool:
         return self.inner.is_value()
@@ -254,6 +254,8 @@ class VectorChoiceMap(ChoiceMap):
 
     def _element(self, index: Any) -> ChoiceMap:
         indices = self.static_indices
+        if isinstance(index, jax.Array) and not isinstance(index, jax.core.Tracer):
+            index = int(index)
         if isinstance(index, (int, np.integer)) and indices is not None:
             if index < 0 and isinstance(indices, range):
                 index += len(indices)
@@ -272,22 +274,18 @@ class VectorChoiceMap(ChoiceMap):
         indices = self.static_indices
         if indices is None:
             raise ChoiceMapError("A selection by index needs indices that are known while tracing.")
-        groups: dict[Selection, list[int]] = {}
-        for position, index in enumerate(indices):
-            groups.setdefault(selection[index], []).append(position)
-        parts = []
-        for subselection, positions in groups.items():
-            inner = self.inner.filter(subselection)
-            if not inner.is_empty():
-                at = np.asarray(positions)
-                chosen = tuple(indices[p] for p in positions)
-                parts.append(VectorChoiceMap(chosen, jax.tree.map(lambda leaf, at=at: leaf[at], inner)))
-        if len(parts) > 1:
+        filtered = {subselection: self.inner.filter(subselection) for subselection in {selection[i] for i in indices}}
+        positions = [p for p, index in enumerate(indices) if not filtered[selection[index]].is_empty()]
+        if not positions:
+            return EmptyChoiceMap()
+        parts = [filtered[selection[indices[p]]] for p in positions]
+        if len({jax.tree.structure(part) for part in parts}) > 1:
             raise ChoiceMapError(
                 "A selection of different addresses at different indices of one vector has no choice map. "
                 "Select the same addresses at each index."
             )
-        return parts[0] if parts else EmptyChoiceMap()
+        at = np.asarray(positions)
+        return VectorChoiceMap(tuple(indices[p] for p in positions), jax.tree.map(lambda leaf: leaf[at], parts[0]))
 
     def to_dict(self) -> Any:
         """The inner dict where all elements are there, else a dict by index."""
@@ -368,11 +366,20 @@ def choice_map(choices: Any = None) -> ChoiceMap:
         return strip()
     if isinstance(choices, Mapping):
         return _from_mapping(choices)
-    if isinstance(choices, (numbers.Number, np.ndarray, np.generic, jax.Array, list)):
+    if isinstance(choices, list):
+        return ValueChoiceMap(_stacked(choices))
+    if isinstance(choices, (numbers.Number, np.ndarray, np.generic, jax.Array)):
         return ValueChoiceMap(choices)
     raise ChoiceMapError(
         f"Expected a choice map, a nested dict or a value, got {type(choices).__name__}: {choices!r:.80}"
     )
+
+
+def _stacked(values: list[Any]) -> Any:
+    try:
+        return jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ChoiceMapError(f"A list as a value stands for an array; this one is none: {values!r:.80}") from error
 
 
 def _from_mapping(mapping: Mapping[Any, Any]) -> ChoiceMap:
@@ -443,12 +450,15 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
     same_addresses = jax.tree.structure(a.inner) == jax.tree.structure(b.inner)
     if overwrite and isinstance(ours, range):
         # Into a full vector the elements are written in place.
+        if theirs is not None and max(theirs) >= len(ours):
+            raise ChoiceMapError(f"Element {max(theirs)} of {show_address(at)} is given; it has {len(ours)} elements.")
         where = b.index_array()
         inner = _scatter(a.inner, b.inner, where)
         return vector(a.indices, inner)
-    if ours is not None and theirs is not None and same_addresses and not set(ours) & set(theirs):
-        inner = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a.inner, b.inner)
-        return VectorChoiceMap((*ours, *theirs), inner)
+    if ours is not None and theirs is not None and same_addresses and (overwrite or not set(ours) & set(theirs)):
+        kept = np.asarray([position for position, index in enumerate(ours) if index not in theirs], np.int32)
+        inner = jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], y]), a.inner, b.inner)
+        return VectorChoiceMap((*(ours[position] for position in kept), *theirs), inner)
     raise ChoiceMapError(
         f"Two vectors of choices at {show_address(at)} share elements, have different addresses, "
         "or have indices that are not known while tracing; they cannot be merged."

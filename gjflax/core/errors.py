@@ -133,9 +133,11 @@ def nearest(address: Any, candidates: Iterable[Any]) -> str:
     'No address is known here.'
     """
     known = [show_address(candidate) for candidate in candidates]
-    close = difflib.get_close_matches(show_address(address), known, n=1, cutoff=0.6)
+    # Compared without the quotes, which would make any two short names alike.
+    bare = {shown.replace('"', ""): shown for shown in known}
+    close = difflib.get_close_matches(show_address(address).replace('"', ""), bare, n=1, cutoff=0.6)
     if close:
-        return f"Did you mean {close[0]}?"
+        return f"Did you mean {bare[close[0]]}?"
     if not known:
         return "No address is known here."
     shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")

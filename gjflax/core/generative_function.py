@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -46,9 +46,14 @@ from gjflax.core.errors import (
     show_address,
 )
 from gjflax.core.interface import PARAMETERS, interface_method
+from gjflax.core.keys import typed_key
+from gjflax.core.lifting import is_lifted
+from gjflax.core.printing import rich_tree
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace
 from gjflax.core.typing import Arguments, PRNGKey, Score
+
+G = TypeVar("G", bound="GenerativeFunction")
 
 CHOICE_STREAM = "choice"
 """The rng stream from which a forward sample by ``__call__`` is drawn."""
@@ -67,7 +72,7 @@ class GenerativeFunction(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in PARAMETERS:
-            if name in cls.__dict__:
+            if name in cls.__dict__ and not is_lifted(cls.__dict__[name]):
                 setattr(cls, name, interface_method(cls.__dict__[name]))
         super().__init_subclass__(**kwargs)
 
@@ -103,7 +108,7 @@ class GenerativeFunction(nn.Module):
     def update(
         self,
         key: PRNGKey,
-        trace: Trace,
+        trace: Any,
         choices: Any,
         argdiffs: Arguments,
         *,
@@ -130,7 +135,7 @@ class GenerativeFunction(nn.Module):
     def regenerate(
         self,
         key: PRNGKey,
-        trace: Trace,
+        trace: Any,
         selection: Selection,
         argdiffs: Arguments,
         *,
@@ -244,7 +249,7 @@ class GenerativeFunction(nn.Module):
         for position in argnums if isinstance(argnums, tuple) else (argnums,):
             if not -len(args) <= position < len(args):
                 raise ArgumentError(f"`argnums` names argument {position} of {len(args)}.")
-            if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(args[position])):
+            if not all(map(_is_floating, jax.tree.leaves(args[position]))):
                 raise ArgumentError(f"Argument {position} is not floating point, so it has no gradient.")
 
         def score(*args: Any) -> Score:
@@ -298,10 +303,14 @@ class GenerativeFunction(nn.Module):
         _, trace = self.simulate(self._choice_key(), args)
         return trace.get_retval()
 
+    @nn.nowrap
+    def __rich__(self) -> Any:
+        return rich_tree(self)
+
     # Helpers of implementations ---------------------------------------------------------------------------------
 
     @nn.nowrap
-    def as_unbound(self) -> Self:
+    def as_unbound(self: G) -> G:
         """The module without scope, parent and name, as traces keep it."""
         if self.scope is None and self.name is None:
             return self
@@ -331,11 +340,12 @@ class GenerativeFunction(nn.Module):
                 '`apply(variables, *args, rngs={"choice": key})`.'
             )
         if scope.has_rng(CHOICE_STREAM):
-            return self.make_rng(CHOICE_STREAM)
+            return typed_key(self.make_rng(CHOICE_STREAM))
         if self.is_initializing():
             # Not make_rng: drawing from "params" would shift the initial values of the parameters.
-            stream = scope.rngs["params"].as_jax_rng()
-            return jax.random.fold_in(stream, np.uint32(zlib.crc32(CHOICE_STREAM.encode())))
+            params_rng: Any = scope.rngs["params"]
+            stream = params_rng.as_jax_rng()
+            return typed_key(jax.random.fold_in(stream, np.uint32(zlib.crc32(CHOICE_STREAM.encode()))))
         raise MissingStreamError(
             f"A forward sample of `{type(self).__name__}` (module path {'/'.join(scope.path) or '/'}) draws from the rng "
             'stream "choice": pass `rngs={"choice": key}` to `apply`. Where it stands in the body of another '
@@ -357,7 +367,7 @@ class GenerativeFunction(nn.Module):
         """
         if self.scope is None:
             module, variables = self, dict(self.variables_of(trace)) if trace is not None else {}
-            mutable: Any = False
+            mutable: Any = tuple(others or ()) or False
             rngs: Mapping[str, Any] = {}
         else:
             module, variables = self.as_unbound(), dict(self.variables)
@@ -382,14 +392,18 @@ class GenerativeFunction(nn.Module):
                     "`model.bind(variables)`, or pass the other collections with `variables=`."
                 ) from error
             # Mutable collections are read, and what a density evaluation would write to them is dropped.
-            _, (retval, score) = result if mutable is False else result[0]
-            return retval, score
+            output: Any = result if mutable is False else result[0]
+            return output[1]
 
         return evaluate
 
 
 for _name in PARAMETERS:
     setattr(GenerativeFunction, _name, interface_method(GenerativeFunction.__dict__[_name]))
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, float) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _refuse_discrete(trace: Trace, selected: ChoiceMap, selection: Selection) -> None:

@@ -8,11 +8,12 @@ A method of the interface is entered with a legacy or a typed key, a nested dict
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from flax import errors as flax_errors
+from jax.core import Tracer
 
 from gjflax.core.choice_map import choice_map
 from gjflax.core.diff import Change
@@ -105,13 +106,18 @@ def interface_method(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = PARAMETERS[name]
     has_key = parameters[0] == "key"
     runs_body = name in RUNS_BODY
+    declared = zip(parameters, list(inspect.signature(function).parameters.values())[1:], strict=False)
+    defaults = {name: parameter.default for name, parameter in declared if parameter.default is not parameter.empty}
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        if len(args) > len(parameters) or any(parameter not in given for parameter in parameters):
+        positioned = dict(zip(parameters, args, strict=False))
+        given = {**defaults, **positioned, **kwargs}
+        missing = any(parameter not in given for parameter in parameters)
+        if missing or len(args) > len(parameters) or not positioned.keys().isdisjoint(kwargs):
+            form = f"({', '.join(parameters)})" + (" with one tuple `args`" if "args" in parameters else "")
             raise ArgumentError(
-                f"`{type(self).__name__}.{name}` takes ({', '.join(parameters)}); "
+                f"`{getattr(self, 'label', type(self).__name__)}.{name}` takes {form}; "
                 f"got {len(args)} positional arguments{_listed(kwargs)}."
             )
         values = {key: _FORMS.get(key, _as_is)(key, value) for key, value in given.items()}
@@ -151,4 +157,4 @@ def _enter_unbound(
 
 def is_tracer(value: Any) -> bool:
     """Whether the value is not known while tracing."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)

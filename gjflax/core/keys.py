@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from gjflax.core.errors import ArgumentError
-from gjflax.core.typing import Address, PRNGKey
+from gjflax.core.typing import Address, PRNGKey, PRNGKeys
 
 _END = 0x9E3779B9
 
@@ -19,7 +19,7 @@ _END = 0x9E3779B9
 def is_typed_key(key: Any) -> bool:
     """Whether this is a key of ``jax.random.key``, not one of ``jax.random.PRNGKey``."""
     dtype = getattr(key, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def typed_key(key: Any) -> Key[Array, ""]:
@@ -49,7 +49,7 @@ def like_key(key: Key[Array, ""], given: PRNGKey) -> PRNGKey:
     return key if is_typed_key(given) else jax.random.key_data(key)
 
 
-def slash(key: PRNGKey, n: int) -> tuple[PRNGKey, PRNGKey]:
+def slash(key: PRNGKey, n: int) -> tuple[PRNGKey, PRNGKeys]:
     """Split a key into one to go on with and `n` to use.
 
     Args:

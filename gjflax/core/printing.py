@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.text import Text
@@ -16,13 +17,14 @@ from rich.tree import Tree
 
 from gjflax.core.pytree import Const, Pytree
 
+
 def short_dtype(dtype: Any) -> str:
     """The short name of a dtype.
 
     >>> short_dtype(np.dtype("float32")), short_dtype(np.dtype("bool"))
     ('f32', 'bool')
     """
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return "key"
     dtype = np.dtype(dtype)
     if dtype == np.bool_:
@@ -52,7 +54,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from named()
     elif isinstance(value, nn.Module):
         for field in dataclasses.fields(value):
-            if field.name not in ("parent", "name") and field.init:
+            if field.name not in ("parent", "name") and field.init and getattr(value, field.name) is not None:
                 yield field.name, getattr(value, field.name)
     elif isinstance(value, Pytree):
         for field in dataclasses.fields(value):  # pyright: ignore[reportArgumentType]
@@ -68,6 +70,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_node(value: Any) -> bool:
     if isinstance(value, Const):
         return False
+    if hasattr(type(value), "_tree_children"):
+        return True
     return isinstance(value, (Pytree, nn.Module, Mapping)) or (isinstance(value, (tuple, list)) and len(value) > 0)
 
 

@@ -15,11 +15,16 @@ the dynamic and the static parts::
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 from flax import serialization
 from jax.tree_util import GetAttrKey
+
+P = TypeVar("P", bound="Pytree")
+
+STATIC = {"static": True}
+"""The metadata of a dataclass field that is structure, as `static_field` sets it."""
 
 
 def static_field(**kwargs: Any) -> Any:
@@ -30,11 +35,9 @@ def static_field(**kwargs: Any) -> Any:
     ...     value: float
     ...     unit: str = static_field(default="m")
     >>> jax.tree.map(lambda v: 2 * v, Scaled(1.5, "kg"))
-    Scaled
-    ├── value: 3.0
-    └── unit: 'kg'
+    Scaled(value=3.0, unit='kg')
     """
-    metadata = {**kwargs.pop("metadata", {}), "static": True}
+    metadata = {**kwargs.pop("metadata", {}), **STATIC}
     return dataclasses.field(metadata=metadata, **kwargs)
 
 
@@ -77,7 +80,7 @@ class Pytree:
         dynamic = tuple(getattr(self, name) for name in layout.dynamic)
         return dynamic, tuple(getattr(self, name) for name in layout.static)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: P, **changes: Any) -> P:
         """A copy with other values for the named fields."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
@@ -132,7 +135,7 @@ class Pytree:
         return tuple(zip(map(GetAttrKey, _names(self, dynamic)), dynamic, strict=True)), static
 
     @classmethod
-    def _unflatten(cls, static: tuple[Any, ...], dynamic: Any) -> Self:
+    def _unflatten(cls, static: tuple[Any, ...], dynamic: Any) -> Any:
         layout = cls._get_layout()
         if layout is None:
             return cls(*static, *dynamic)

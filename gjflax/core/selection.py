@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from gjflax.core.errors import InvalidAddressError
 from gjflax.core.pytree import Pytree, static_field
 from gjflax.core.typing import Address, Component
@@ -33,9 +35,19 @@ class Selection(Pytree):
         return False
 
     @property
+    def indices(self) -> frozenset[int]:
+        """The elements of a vector that are told apart here."""
+        return frozenset()
+
+    @property
     def mentions_indices(self) -> bool:
-        """Whether integer components (elements of a vector) are told apart."""
-        return False
+        """Whether elements of a vector are told apart here."""
+        return bool(self.indices)
+
+    @property
+    def addresses(self) -> list[tuple[Component, ...]]:
+        """The addresses that it names, whether it selects them or not."""
+        return []
 
     def filter(self, choices: Any) -> tuple[Any, Any]:
         """The selected choices, and their share of the score.
@@ -123,6 +135,15 @@ class BuiltinSelection(Selection):
 
     children: tuple[tuple[Component, Selection], ...] = static_field()
 
+    def __eq__(self, other: object) -> bool:
+        # A set: the order in which the addresses were named is for people.
+        if not isinstance(other, BuiltinSelection):
+            return NotImplemented
+        return frozenset(self.children) == frozenset(other.children)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.children))
+
     def get_subselection(self, component: Component) -> Selection:
         found = dict(self.children).get(component, NoneSelection())
         if isinstance(component, int):
@@ -142,8 +163,12 @@ class BuiltinSelection(Selection):
         return not self.children
 
     @property
-    def mentions_indices(self) -> bool:
-        return any(isinstance(component, int) for component, _ in self.children)
+    def indices(self) -> frozenset[int]:
+        return frozenset(component for component, _ in self.children if isinstance(component, int))
+
+    @property
+    def addresses(self) -> list[tuple[Component, ...]]:
+        return [(component, *rest) for component, child in self.children for rest in child.addresses or [()]]
 
     def _tree_children(self) -> Iterable[tuple[str, Selection]]:
         return ((str(component), child) for component, child in self.children)
@@ -162,8 +187,12 @@ class _Union(Selection):
         return self.left.includes_root or self.right.includes_root
 
     @property
-    def mentions_indices(self) -> bool:
-        return self.left.mentions_indices or self.right.mentions_indices
+    def indices(self) -> frozenset[int]:
+        return self.left.indices | self.right.indices
+
+    @property
+    def addresses(self) -> list[tuple[Component, ...]]:
+        return [*self.left.addresses, *self.right.addresses]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -179,8 +208,12 @@ class _Intersection(Selection):
         return self.left.includes_root and self.right.includes_root
 
     @property
-    def mentions_indices(self) -> bool:
-        return self.left.mentions_indices or self.right.mentions_indices
+    def indices(self) -> frozenset[int]:
+        return self.left.indices | self.right.indices
+
+    @property
+    def addresses(self) -> list[tuple[Component, ...]]:
+        return [*self.left.addresses, *self.right.addresses]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -195,8 +228,12 @@ class _Complement(Selection):
         return not self.inner.includes_root
 
     @property
-    def mentions_indices(self) -> bool:
-        return self.inner.mentions_indices
+    def indices(self) -> frozenset[int]:
+        return self.inner.indices
+
+    @property
+    def addresses(self) -> list[tuple[Component, ...]]:
+        return self.inner.addresses
 
     def __invert__(self) -> Selection:
         return self.inner
@@ -240,12 +277,15 @@ def select(*addresses: Any) -> Selection:
 def _insert(trie: dict[Component, Any], address: Any) -> None:
     components = address if isinstance(address, tuple) else (address,)
     for component in components:
-        if isinstance(component, bool) or not isinstance(component, (str, int)):
+        if isinstance(component, bool) or not isinstance(component, (str, int, np.integer)):
             raise InvalidAddressError(
                 f"An address is a string, an index, or a tuple of these; got {address!r} in a selection."
             )
+        if not isinstance(component, str) and component < 0:
+            raise InvalidAddressError(f"Indices count from 0; got {address!r} in a selection.")
     if not components:
         raise InvalidAddressError("The empty address selects nothing in particular: use AllSelection().")
+    components = tuple(part if isinstance(part, str) else int(part) for part in components)
     for component in components[:-1]:
         below = trie.setdefault(component, {})
         if below is True:

@@ -100,7 +100,7 @@ class Trace(Pytree):
         choices = self.strip()
         selected = choices.filter(selection)
         if selected.is_empty():
-            wanted = [part for part, _ in getattr(selection, "children", ())]
+            wanted = selection.addresses
             asked = ", ".join(show_address(part) for part in wanted) or "nothing"
             near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
             raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
@@ -154,5 +154,6 @@ def add_scores(a: Any, b: Any) -> Any:
     """The sum of two scores, which may have different float dtypes and batch ranks (a zero has no batch)."""
     if a.dtype == b.dtype and a.shape == b.shape:
         return lax.add(a, b)
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    # Not `jnp.promote_types`, which a user may have forbidden.
+    dtype = a.dtype if a.dtype.itemsize >= b.dtype.itemsize else b.dtype
     return jnp.asarray(a, dtype) + jnp.asarray(b, dtype)

@@ -21,6 +21,9 @@ Score: TypeAlias = Float[Array, "..."]
 PRNGKey: TypeAlias = Key[Array, ""] | UInt32[Array, "2"]
 """A typed JAX key (``jax.random.key``) or a legacy one (``jax.random.PRNGKey``)."""
 
+PRNGKeys: TypeAlias = Key[Array, "n"] | UInt32[Array, "n 2"]
+"""A vector of keys."""
+
 Component: TypeAlias = str | int
 """One part of an address: a name, or an index into a vector of choices."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,13 @@ from gjflax.core.errors import ArgumentError, ChoiceShapeError, show_address
 
 @contextlib.contextmanager
 def free_promotion() -> Iterator[None]:
-    """TFP promotes dtypes and ranks by itself, which a user may have forbidden."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    """The rules under which TFP runs, whatever the user's are.
+
+    It promotes dtypes and ranks by itself; and it asks for float64 and takes what it gets, which is the user's choice
+    and nothing to be warned of.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
         yield
 
 
@@ -70,6 +76,11 @@ def float_dtype(*values: Any) -> Any:
     return widest
 
 
+def with_dtype(dtype: Any, *values: Any) -> tuple[Any, ...]:
+    """The arguments with the numbers among them as scalars of a dtype, which needs no operation in the program."""
+    return tuple(np.dtype(dtype).type(value) if is_number(value) else value for value in values)
+
+
 def common_shape(label: str, *values: Any) -> tuple[int, ...]:
     """The shape to which the arguments broadcast.
 
@@ -91,7 +102,7 @@ def common_shape(label: str, *values: Any) -> tuple[int, ...]:
 
 def aligned(argument: Any, value: Any, dtype: Any) -> Any:
     """An argument in a dtype, and with the axes of a value unless it is a scalar. Numbers stay numbers."""
-    if not getattr(argument, "weak_type", False) and not is_number(argument):
+    if not is_number(argument):
         argument = lax.convert_element_type(argument, dtype)
     rank = jnp.ndim(argument)
     return jnp.broadcast_to(argument, value.shape) if 0 < rank < value.ndim else argument

@@ -161,16 +161,16 @@ class _AppliedSubclass(Applied):
 
     @property
     def template(self) -> jax.ShapeDtypeStruct:
-        template = jax.eval_shape(self.sample, _key_like())
-        if not isinstance(template, jax.ShapeDtypeStruct):
-            raise ChoiceShapeError(
-                f"`sample` of {site(self._distribution.label)} returned {jax.tree.structure(template)}; a choice is one "
-                "array. Write a generative function with one choice for each part."
-            )
-        return template
+        return jax.eval_shape(self.sample, _key_like())
 
     def sample(self, key: PRNGKey) -> Any:
-        return self._distribution.sample(key, *self._args)
+        value = self._distribution.sample(key, *self._args)
+        if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
+            raise ChoiceShapeError(
+                f"`sample` of {site(self._distribution.label)} returned a {type(value).__name__}, and a choice is one "
+                "array. Write a generative function with one choice for each part."
+            )
+        return strong(value)
 
     def logpdf(self, value: Any) -> Any:
         logpdf = jnp.asarray(self._distribution.logpdf(value, *self._args))
@@ -178,8 +178,8 @@ class _AppliedSubclass(Applied):
             # Two shapes that broadcast by accident would be summed over all pairs of elements.
             raise ChoiceShapeError(
                 f"`logpdf` of {site(self._distribution.label)} returned shape {logpdf.shape} for a value of shape "
-                f"{value.shape}. It is elementwise (the value's shape, or its leading axes where the last are one event) "
-                "or summed (a scalar)."
+                f"{value.shape}. It is elementwise (of the value's shape, or its leading axes where the last are one "
+                "event) or summed (a scalar)."
             )
         return logpdf
 
@@ -252,11 +252,12 @@ class Distribution(GenerativeFunction):
         try:
             bound = signature.replace(parameters=parameters).bind(*args, **kwargs)
         except TypeError as error:
-            raise ArgumentError(f"The distribution of {site(self.label)} does not take these arguments: {error}.") from error
+            where = site(self.label)
+            raise ArgumentError(f"The distribution of {where} does not take these arguments: {error}.") from error
         if bound.kwargs:
             raise ArgumentError(
-                f"The distribution of {site(self.label)} has the keyword-only arguments {', '.join(bound.kwargs)}, which a "
-                "trace cannot hold: the arguments of a generative function are a tuple. Make them positional."
+                f"The distribution of {site(self.label)} has the keyword-only arguments {', '.join(bound.kwargs)}, "
+                "which a trace cannot hold: the arguments of a generative function are a tuple. Make them positional."
             )
         return self, bound.args
 
@@ -436,8 +437,8 @@ class Distribution(GenerativeFunction):
     def _check_shape(self, value: Any, expected: tuple[int, ...]) -> None:
         if value.shape != expected:
             raise ChoiceShapeError(
-                f"The value given for {site(self.label)} has shape {value.shape}; {self.label} draws {expected} at these "
-                "arguments. Give a value of that shape, or map the choice with `Map`."
+                f"The value given for {site(self.label)} has shape {value.shape}; {self.label} draws {expected} at "
+                "these arguments. Give a value of that shape, or map the choice with `Map`."
             )
 
     @nn.nowrap
@@ -446,8 +447,8 @@ class Distribution(GenerativeFunction):
         point = self._as_array(value, template)
         if point.shape != shape:
             raise ChoiceShapeError(
-                f"The unconstrained value given for {site(self.label)} has shape {point.shape}; the map onto the support "
-                f"takes {shape} at these arguments."
+                f"The unconstrained value given for {site(self.label)} has shape {point.shape}; the map onto the "
+                f"support takes {shape} at these arguments."
             )
         if not jnp.issubdtype(point.dtype, jnp.floating):
             if not jnp.issubdtype(point.dtype, jnp.integer):

@@ -52,9 +52,95 @@ HiddenMarkovModel = TFPDistribution("HiddenMarkovModel")
 LinearGaussianStateSpaceModel = TFPDistribution("LinearGaussianStateSpaceModel")
 Deterministic = TFPDistribution("Deterministic")
 
-NAMES = tuple(name for name, value in list(globals().items()) if isinstance(value, TFPDistribution))
+NAMES = (
+    "Normal",
+    "LogNormal",
+    "HalfNormal",
+    "TruncatedNormal",
+    "StudentT",
+    "Cauchy",
+    "HalfCauchy",
+    "Laplace",
+    "Logistic",
+    "Gumbel",
+    "Uniform",
+    "Exponential",
+    "Gamma",
+    "InverseGamma",
+    "Chi2",
+    "Beta",
+    "Kumaraswamy",
+    "Weibull",
+    "Pareto",
+    "VonMises",
+    "Dirichlet",
+    "MultivariateNormalDiag",
+    "MultivariateNormalTriL",
+    "MultivariateNormalFullCovariance",
+    "Wishart",
+    "CholeskyLKJ",
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "OneHotCategorical",
+    "Multinomial",
+    "Poisson",
+    "NegativeBinomial",
+    "Geometric",
+    "MixtureSameFamily",
+    "TransformedDistribution",
+    "Independent",
+    "GaussianProcess",
+    "HiddenMarkovModel",
+    "LinearGaussianStateSpaceModel",
+    "Deterministic",
+)
 """The names of the families above."""
 
-TFP_ALIASES = {f"TFP{name}": globals()[name] for name in NAMES}
-"""The same by the names of older notebooks: ``TFPUniform`` is ``Uniform``."""
-globals().update(TFP_ALIASES)
+# The same by the names of older notebooks.
+TFPNormal = Normal
+TFPLogNormal = LogNormal
+TFPHalfNormal = HalfNormal
+TFPTruncatedNormal = TruncatedNormal
+TFPStudentT = StudentT
+TFPCauchy = Cauchy
+TFPHalfCauchy = HalfCauchy
+TFPLaplace = Laplace
+TFPLogistic = Logistic
+TFPGumbel = Gumbel
+TFPUniform = Uniform
+TFPExponential = Exponential
+TFPGamma = Gamma
+TFPInverseGamma = InverseGamma
+TFPChi2 = Chi2
+TFPBeta = Beta
+TFPKumaraswamy = Kumaraswamy
+TFPWeibull = Weibull
+TFPPareto = Pareto
+TFPVonMises = VonMises
+TFPDirichlet = Dirichlet
+TFPMultivariateNormalDiag = MultivariateNormalDiag
+TFPMultivariateNormalTriL = MultivariateNormalTriL
+TFPMultivariateNormalFullCovariance = MultivariateNormalFullCovariance
+TFPWishart = Wishart
+TFPCholeskyLKJ = CholeskyLKJ
+TFPBernoulli = Bernoulli
+TFPBinomial = Binomial
+TFPCategorical = Categorical
+TFPOneHotCategorical = OneHotCategorical
+TFPMultinomial = Multinomial
+TFPPoisson = Poisson
+TFPNegativeBinomial = NegativeBinomial
+TFPGeometric = Geometric
+TFPMixtureSameFamily = MixtureSameFamily
+TFPTransformedDistribution = TransformedDistribution
+TFPIndependent = Independent
+TFPGaussianProcess = GaussianProcess
+TFPHiddenMarkovModel = HiddenMarkovModel
+TFPLinearGaussianStateSpaceModel = LinearGaussianStateSpaceModel
+TFPDeterministic = Deterministic
+
+TFP_ALIASES = tuple(f"TFP{name}" for name in NAMES)
+"""The names of the aliases."""
+
+__all__ = [*NAMES, *TFP_ALIASES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -285,9 +285,9 @@ def _of_elements(elements: Any, event_ndims: int) -> Support | None:
         return None
 
     def spread(value: Any) -> Any:
-        expanded = jnp.expand_dims(value, -1 - event_ndims)
-        shape = (*expanded.shape[: -1 - event_ndims], elements.batch_shape[-1], *value.shape[value.ndim - event_ndims :])
-        return jnp.broadcast_to(expanded, shape)
+        batch = value.ndim - event_ndims
+        shape = (*value.shape[:batch], elements.batch_shape[-1], *value.shape[batch:])
+        return jnp.broadcast_to(jnp.expand_dims(value, batch), shape)
 
     def interior(value: Any, _: Any) -> Any:
         return jnp.take(inner.interior(spread(value), elements), 0, axis=-1 - event_ndims)
@@ -313,6 +313,7 @@ def _of_transformed(base: Support) -> Support:
         return _all_but(kept, inside) & _all_but(kept, jnp.isfinite(inverse))
 
     def interior(value: Any, distribution: Any) -> Any:
-        return distribution.bijector.forward(base.interior(distribution.bijector.inverse(value), distribution.distribution))
+        bijector = distribution.bijector
+        return bijector.forward(base.interior(bijector.inverse(value), distribution.distribution))
 
     return Support(contains, interior)

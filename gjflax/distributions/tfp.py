@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gjflax.core.errors import ArgumentError, ChoiceShapeError
+from gjflax.core.errors import ArgumentError, ChoiceShapeError, GJFlaxError
+from gjflax.core.interface import is_tracer
 from gjflax.core.pytree import Const
 from gjflax.core.trace import canonical
 from gjflax.core.typing import Arguments, PRNGKey
-from gjflax.distributions import native, support
+from gjflax.distributions import discrete, native, support
 from gjflax.distributions.arguments import as_array, float_dtype, free_promotion, is_number, site
 from gjflax.distributions.distribution import Applied, Distribution
 
@@ -36,7 +37,7 @@ _AS_GIVEN = frozenset({"samples", "outcomes"})
 
 def _wishart(df: Any, scale: Any = None, scale_tril: Any = None) -> Any:
     """TFP's JAX substrate has the Wishart by its Cholesky factor only."""
-    native.one_of("Wishart", scale, scale_tril, "`scale` or `scale_tril`")
+    discrete.one_of("Wishart", scale, scale_tril, "`scale` or `scale_tril`")
     factor = jnp.linalg.cholesky(scale) if scale_tril is None else scale_tril
     return _tfd().WishartTriL(df, scale_tril=factor)
 
@@ -52,27 +53,38 @@ NATIVE: Mapping[str, Callable[..., Applied]] = {
     "Exponential": native.Exponential,
     "Uniform": native.Uniform,
     "Deterministic": native.Deterministic,
-    "Bernoulli": native.Bernoulli,
-    "Categorical": native.Categorical,
-    "Binomial": native.Binomial,
+    "Bernoulli": discrete.Bernoulli,
+    "Categorical": discrete.Categorical,
+    "Binomial": discrete.Binomial,
+    "Poisson": discrete.Poisson,
 }
 """Families that are built without TFP."""
 
 
+@functools.cache
 def _tfd() -> Any:
-    from tensorflow_probability.substrates import jax as tfp
+    with warnings.catch_warnings():
+        # It looks up names that JAX has deprecated, which is its authors' concern.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorflow_probability.substrates import jax as tfp
 
-    return tfp.distributions
+        return tfp.distributions
+
+
+@functools.cache
+def _signature(make: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(make.__init__ if isinstance(make, type) else make)
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a TFP class, without the arguments that are arrays: ``build`` makes the distribution of those.
+    """A call of a TFP class, without the arguments that are values: `build` makes the distribution of those.
 
     Attributes:
       make: the class.
       keywords: the names of the last arguments; the others are by position.
-      fixed: the other arguments by their place, which are part of the program.
+      fixed: the arguments that are part of the program, by their place.
       count: how many arguments there are.
     """
 
@@ -89,45 +101,51 @@ class _Call:
         return self.make(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
 
 
-def _shape_and_dtype(distribution: Any) -> jax.ShapeDtypeStruct:
+def _template_of(distribution: Any) -> jax.ShapeDtypeStruct:
+    dtype = distribution.dtype
+    if isinstance(dtype, (list, tuple, dict)):
+        raise ValueError("it draws several arrays, and a choice is one. Write a generative function with several.")
     shape = tuple(distribution.batch_shape) + tuple(distribution.event_shape)
-    return jax.ShapeDtypeStruct(shape, jnp.int32 if support.is_discrete(distribution) else distribution.dtype)
+    if support.is_discrete(distribution):
+        dtype = jnp.int32
+    elif dtype is None:
+        dtype = jax.eval_shape(lambda key: distribution.sample(seed=key), jax.random.key(0)).dtype
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def _sample(distribution: Any, key: PRNGKey) -> Any:
     value = distribution.sample(seed=key)
-    return lax.convert_element_type(value, jnp.int32 if support.is_discrete(distribution) else value.dtype)
+    return lax.convert_element_type(value, jnp.int32) if support.is_discrete(distribution) else value
 
 
 def _logpdf(distribution: Any, value: Any) -> Any:
-    if jnp.issubdtype(distribution.dtype, jnp.floating):
+    if distribution.dtype is not None and jnp.issubdtype(distribution.dtype, jnp.floating):
         value = lax.convert_element_type(value, jnp.promote_types(distribution.dtype, value.dtype))
     known = support.support_of(distribution)
     return distribution.log_prob(value) if known is None else known.guard(distribution.log_prob, value, distribution)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _sample_inline(call: _Call, key: PRNGKey, *values: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _sample_of_arrays(call: _Call, key: PRNGKey, *values: Any) -> Any:
     with free_promotion():
         return _sample(call.build(values), key)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _logpdf_inline(call: _Call, value: Any, *values: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _logpdf_of_arrays(call: _Call, value: Any, *values: Any) -> Any:
     with free_promotion():
         return _logpdf(call.build(values), value)
 
 
 @functools.lru_cache(maxsize=4096)
-def _template(call: _Call, shapes: tuple[Any, ...], default: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a value, for arrays of these shapes and dtypes and this default dtype of numbers."""
+def _template_of_arrays(call: _Call, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:
     found = []
 
     def probe(*values: Any) -> None:
         with free_promotion():
-            found.append(_shape_and_dtype(call.build(values)))
+            found.append(_template_of(call.build(values)))
 
-    jax.eval_shape(probe, *(jnp.zeros((), default) if like is None else like for like in shapes))
+    jax.eval_shape(probe, *shapes)
     return found[0]
 
 
@@ -141,76 +159,85 @@ class _AppliedTFP(Applied):
 
     def __init__(self, label: str, call: _Call, values: Arguments):
         self._label, self._call, self._values = label, call, values
-        self._of_arrays = all(is_number(value) or isinstance(value, jax.Array) for value in values)
+        self._of_arrays = all(isinstance(value, (jax.Array, np.ndarray)) for value in values)
 
     @functools.cached_property
     def _distribution(self) -> Any:
         try:
             with free_promotion():
                 distribution = self._call.build(self._values)
-                _shape_and_dtype(distribution)
+                _template_of(distribution)
                 return distribution
         except (ValueError, TypeError) as error:
             raise self._explained(error) from error
 
+    @property
+    def template(self) -> jax.ShapeDtypeStruct:
+        if not self._of_arrays:
+            with free_promotion():
+                return _template_of(self._distribution)
+        shapes = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in self._values)
+        try:
+            return _template_of_arrays(self._call, shapes)
+        except (ValueError, TypeError) as error:
+            raise self._explained(error) from error
+
     def _explained(self, error: Exception) -> Exception:
-        """The error that TFP raised while it was given its arguments, as one that says where."""
-        if isinstance(error, ArgumentError | ChoiceShapeError):
+        """What TFP raised when it was given the arguments, as an error that says where."""
+        if isinstance(error, GJFlaxError):
             return error
-        shapes = ", ".join(str(jnp.shape(value)) for value in self._values if hasattr(value, "shape"))
-        text = f"The distribution of {site(self._label)} does not take these arguments, of shapes {shapes}: {error}"
-        return (ChoiceShapeError if "shape" in str(error).lower() else ArgumentError)(text)
+        shapes = ", ".join(str(value.shape) for value in self._values if hasattr(value, "shape"))
+        text = f"The distribution of {site(self._label)} cannot be made of these arguments (shapes {shapes}): {error}"
+        return ChoiceShapeError(text) if "shape" in str(error).lower() else ArgumentError(text)
 
     @property
     def is_discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         if not jnp.issubdtype(self.template.dtype, jnp.floating):
             return True
-        # TFP has no bijector for a support that is no interval of R^n: finitely many numbers, say.
-        return self.bijector() is None
+        try:
+            # TFP says by the lack of a bijector that a support is a set of single numbers.
+            with free_promotion():
+                return self._distribution.experimental_default_event_space_bijector() is None
+        except NotImplementedError:
+            return False
 
     @property
     def reparameterized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._distribution.reparameterization_type == _tfd().FULLY_REPARAMETERIZED
 
-    @functools.cached_property
-    def template(self) -> jax.ShapeDtypeStruct:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if not self._of_arrays:
-            return _shape_and_dtype(self._distribution)
-        shapes = tuple(None if is_number(v) else jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self._values)
-        try:
-            return _template(self._call, shapes, float_dtype())
-        except (ValueError, TypeError) as error:
-            raise self._explained(error) from error
-
     def sample(self, key: PRNGKey) -> Any:
         if self._of_arrays:
-            self.template  # noqa: B018 - says what is wrong with the arguments
-            return _sample_inline(self._call, key, *self._values)
+            _ = self.template  # says what is wrong with the arguments, if anything is
+            return _sample_of_arrays(self._call, key, *self._values)
         with free_promotion():
             return _sample(self._distribution, key)
 
     def logpdf(self, value: Any) -> Any:
         if self._of_arrays:
-            return _logpdf_inline(self._call, value, *self._values)
+            return _logpdf_of_arrays(self._call, value, *self._values)
         with free_promotion():
             return _logpdf(self._distribution, value)
 
     def bijector(self) -> Any:
-        with free_promotion():
-            return self._distribution.experimental_default_event_space_bijector()
+        try:
+            with free_promotion():
+                return self._distribution.experimental_default_event_space_bijector()
+        except NotImplementedError:
+            return None
 
 
 def _is_fixed(name: str, value: Any) -> bool:
     """Whether an argument is part of the program, not one of its values."""
     if name in _NOT_ARRAYS or value is None or isinstance(value, (bool, str, type, np.dtype)):
         return True
-    return callable(value) and not jax.tree.leaves(value, is_leaf=lambda leaf: leaf is not value)[0] is not value
+    # A function, but not a bijector, which can be called and is a pytree.
+    return callable(value) and jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
 
 
 def _is_array(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_array, value))
-    return isinstance(value, (jax.Array, np.ndarray, np.generic, numbers.Number)) and not isinstance(value, bool)
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not isinstance(value, bool)
 
 
 class TFPDistribution(Distribution):
@@ -238,7 +265,7 @@ class TFPDistribution(Distribution):
     def __post_init__(self) -> None:
         if not isinstance(self.family, str):
             if not (isinstance(self.family, type) and hasattr(self.family, "log_prob")):
-                raise ArgumentError(f"`TFPDistribution` takes a TFP distribution class or its name; got {self.family!r}.")
+                raise ArgumentError(f"`TFPDistribution` takes a class of TFP or its name; got {self.family!r:.80}.")
             # A family of TFP is known by its name, so that two ways of naming it are equal and compile once.
             if getattr(_tfd(), self.family.__name__, None) is self.family:
                 object.__setattr__(self, "family", self.family.__name__)
@@ -270,42 +297,88 @@ class TFPDistribution(Distribution):
 
     @nn.nowrap
     def at(self, args: Arguments) -> Applied:
+        known = NATIVE.get(self.family) if isinstance(self.family, str) else None
+        make = known or self._class()
         split = len(args) - len(self.keywords)
-        builder = NATIVE.get(self.family) if isinstance(self.family, str) else None
-        if split >= 0 and builder is not None:
+        if split < 0:
+            raise self._unbound(make, f"{', '.join(self.keywords)} come by keyword, and there are {len(args)} values")
+        try:
+            if known is not None:
+                return known(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
+            applied = self._of_tfp(make, args)
+            _ = applied.template
+            return applied
+        except (TypeError, ValueError) as error:
+            parameters = _signature(make).parameters
+            unknown = [name for name in self.keywords if name not in parameters]
+            if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                raise self._unbound(make, f"it has no argument `{unknown[0]}`") from error
             try:
-                return builder(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
-            except TypeError as error:
-                self._check_signature(builder, args)
-                raise error
-        make = self._class()
-        self._check_signature(make, args)
-        return self._of_tfp(make, args)
+                _signature(make).bind(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
+            except TypeError as unbound:
+                raise self._unbound(make, str(unbound)) from error
+            raise
 
     @nn.nowrap
     def stored(self, args: Arguments) -> Any:
         if isinstance(self.family, str) and self.family in NATIVE:
             return canonical(args)
         return tuple(
-            Const(value) if _is_fixed(name, value) else canonical(value)
-            for name, value in zip(self._names(args), args, strict=True)
+            Const(self._constant(name, value)) if _is_fixed(name, value) else canonical(value)
+            for name, value in zip(self._names(self._class(), len(args)), args, strict=True)
         )
 
     @nn.nowrap
-    def _of_tfp(self, make: Callable[..., Any], args: Arguments) -> Applied:
-        names = self._names(args)
-        fixed = {place: args[place] for place, name in enumerate(names) if _is_fixed(name, args[place])}
-        floats = {}
-        for place, name in enumerate(names):
-            if place not in fixed and _is_array(args[place]):
-                floats[place] = as_array(self.label, args[place])
-        ...
+    def _of_tfp(self, make: Callable[..., Any], args: Arguments) -> _AppliedTFP:
+        names = self._names(make, len(args))
+        fixed = {i: self._constant(name, args[i]) for i, name in enumerate(names) if _is_fixed(name, args[i])}
+        free = [i for i in range(len(args)) if i not in fixed]
+        values = {i: as_array(self.label, args[i]) if _is_array(args[i]) else args[i] for i in free}
+        numbers = {i for i, value in values.items() if is_number(value)}
+        arrays = {i for i, value in values.items() if i not in numbers and _is_array(args[i])}
+        floats = {i for i in arrays if names[i] not in _AS_GIVEN and values[i].dtype != jnp.bool_}
+        dtype = float_dtype(*(values[i] for i in floats))
+        for i in floats:
+            values[i] = lax.convert_element_type(values[i], dtype)
+        if floats or len(numbers) == len(values):
+            # Beside a distribution or a kernel alone a number takes the dtype of that.
+            values.update({i: np.asarray(values[i], dtype) for i in numbers})
+        call = _Call(make, self.keywords, tuple(fixed.items()), len(args))
+        return _AppliedTFP(self.label, call, tuple(values[i] for i in free))
 
     @nn.nowrap
-    def _class(self) -> Any:
+    def _constant(self, name: str, value: Any) -> Any:
+        """An argument that is part of the program in a form that hashes."""
+        if is_tracer(value):
+            raise ArgumentError(
+                f"The argument `{name}` of {site(self.label)} shapes the computation, so it must be known while "
+                "tracing, and it is a traced value. Close over it instead of passing it through jit or vmap."
+            )
+        if isinstance(value, (jax.Array, np.ndarray)):
+            value = value.tolist()
+        return tuple(value) if isinstance(value, list) else value
+
+    @nn.nowrap
+    def _class(self) -> Callable[..., Any]:
         if not isinstance(self.family, str):
             return self.family
         family = _BUILT_HERE.get(self.family) or getattr(_tfd(), self.family, None)
         if family is None:
             raise ArgumentError(f"TFP's JAX substrate has no distribution `{self.family}`.")
         return family
+
+    @nn.nowrap
+    def _names(self, make: Callable[..., Any], count: int) -> tuple[str, ...]:
+        """The names of the arguments, as the class calls them."""
+        names = tuple(_signature(make).parameters)
+        split = count - len(self.keywords)
+        return (*names[:split], *("",) * max(0, split - len(names)), *self.keywords)
+
+    @nn.nowrap
+    def _unbound(self, make: Callable[..., Any], problem: str) -> ArgumentError:
+        hidden = ("validate_args", "allow_nan_stats", "name")
+        shown = [p.replace(annotation=p.empty) for p in _signature(make).parameters.values() if p.name not in hidden]
+        return ArgumentError(
+            f"The distribution of {site(self.label)} does not take these arguments: {problem}. "
+            f"It takes ({', '.join(map(str, shown))})."
+        )

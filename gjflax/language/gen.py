@@ -31,7 +31,8 @@ from gjflax.core.errors import (
     show_address,
 )
 from gjflax.core.generative_function import GenerativeFunction
-from gjflax.core.pytree import static_field
+from gjflax.core.lifting import is_lifted
+from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
@@ -42,7 +43,7 @@ from gjflax.language import handlers
 class BuiltinTrace(Trace):
     """A run of a body: the traces of its callees by address."""
 
-    gen_fn: Any = static_field()
+    gen_fn: Any = dataclasses.field(metadata=STATIC)
     args: Any
     retval: Any
     choices: dict[str, Trace]
@@ -146,7 +147,7 @@ def trace(address: Any, callee: Any) -> Callable[..., Any]:
             )
         if frame.trace_state != context.trace_state():
             raise TraceTransformError(
-                f"trace({show_address(path)}, ...) was called inside a JAX transformation (jax.lax.scan, fori_loop or "
+                f"trace({show_address((*frame.prefix, *path))}, ...) was called inside a JAX transformation (jax.lax.scan, fori_loop or "
                 "cond, jax.vmap, jit or grad) that the body started, which its choice cannot leave. Make that "
                 "code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
                 "`Switch` for branches; or move the transformation outside of the model."
@@ -203,10 +204,6 @@ def run_body(module: Any, handler: handlers.Handler, args: Arguments) -> tuple[A
         return canonical(retval), handler.outcome()
 
 
-def _defined_in_transforms(function: Callable[..., Any]) -> bool:
-    return getattr(function, "__globals__", {}).get("__name__") == "flax.linen.transforms"
-
-
 def _as_body(function: Callable[..., Any]) -> Callable[..., Any]:
     """A class's ``__call__`` as a body: run under a handler where one is set for this module, else a forward sample."""
 
@@ -226,7 +223,7 @@ def _as_body(function: Callable[..., Any]) -> Callable[..., Any]:
         with context.running(self, handler):
             return function(self, *args, **kwargs)
 
-    __call__.is_body = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(__call__, "is_body", True)  # noqa: B010
     return __call__
 
 
@@ -254,7 +251,7 @@ class GenModule(GenerativeFunction):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         call = cls.__dict__.get("__call__")
         if call is not None:
-            cls.body_is_lifted = hasattr(call, "is_body") and _defined_in_transforms(call)
+            cls.body_is_lifted = hasattr(call, "is_body") and is_lifted(call)
             if not cls.body_is_lifted:
                 cls.__call__ = _as_body(call)  # pyright: ignore[reportAttributeAccessIssue]
         super().__init_subclass__(**kwargs)
@@ -278,7 +275,7 @@ class GenModule(GenerativeFunction):
     def update(
         self,
         key: PRNGKey,
-        trace: BuiltinTrace,
+        trace: Any,
         choices: ChoiceMap,
         argdiffs: Arguments,
         *,
@@ -294,7 +291,7 @@ class GenModule(GenerativeFunction):
     def regenerate(
         self,
         key: PRNGKey,
-        trace: BuiltinTrace,
+        trace: Any,
         selection: Selection,
         argdiffs: Arguments,
         *,
@@ -321,9 +318,12 @@ class GenModule(GenerativeFunction):
             bound = self._signature().bind(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"`{self._title()}`: {error}.") from error
-        if bound.kwargs:
+        # An argument by keyword may stand behind one that is left out.
+        bound.apply_defaults()
+        named = [name for name in bound.kwargs if name in kwargs]
+        if named:
             raise ArgumentError(
-                f"`{self._title()}` has the keyword-only arguments {', '.join(bound.kwargs)}, which a trace cannot hold: "
+                f"`{self._title()}` has the keyword-only arguments {', '.join(named)}, which a trace cannot hold: "
                 "the arguments of a generative function are a tuple. Make them positional."
             )
         return self, bound.args
@@ -381,9 +381,15 @@ def gen(target: Any = None, /, **options: Any) -> Any:
     (3,)
     """
     if isinstance(target, type) and issubclass(target, GenerativeFunction):
-        return lambda function: target(gen(function), parent=None, **options)
+        combinator: Any = target
+        return lambda function: combinator(gen(function), parent=None, **options)
     if isinstance(target, GenerativeFunction) and not options:
         return target
     if not callable(target) or isinstance(target, type) or options:
         raise CalleeError(f"`gen` decorates a function, or takes a combinator class first; got {target!r:.80}.")
+    if inspect.isfunction(target) and next(iter(inspect.signature(target).parameters), None) == "self":
+        raise CalleeError(
+            f"`gen` decorates a function, and {getattr(target, '__qualname__', target)} is a method: it would not be given "
+            "its `self`. Subclass `GenModule`, whose `__call__` may use `trace`."
+        )
     return BuiltinGenerativeFunction(target, parent=None)

@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
+from gjflax.core.context import current_address, top_frame
 from gjflax.core.diff import Change, Diff, unknown_change
 from gjflax.core.errors import DuplicateAddressError, UnvisitedConstraintError, nearest, show_address
 from gjflax.core.keys import KeySource
@@ -43,7 +44,7 @@ class Handler(Pytree):
         visited = self._records
         if address in visited or self._overlaps(address):
             raise DuplicateAddressError(
-                f"The address {show_address(address)} is used twice in one body (or one use is a prefix of another). "
+                f"The address {show_address(current_address())} is used twice in one body (or one use is a prefix of another). "
                 'Give each choice an address of its own, in a loop f"z{i}", or map the callee with `Map`.'
             )
         retval, visited[address] = self.call(address, callee, args)
@@ -88,10 +89,11 @@ def _check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, p
     lengths = sorted({len(path) for path in visited})
     for address in choices.addresses():
         if not any(address[:length] in visited for length in lengths):
+            known = [(*prefix, *path) for path in visited]
             raise UnvisitedConstraintError(
                 f"A value was given for {show_address((*prefix, *address))}, which is not a choice of this generative "
-                f"function. {nearest(address, [(*prefix, *path) for path in visited])} To ignore what is not used, "
-                "pass strict=False."
+                f"function. {nearest((*prefix, *address[: max(lengths, default=0)]), known)} To ignore what is not "
+                "used, pass strict=False."
             )
 
 
@@ -101,8 +103,6 @@ def _options(strict: bool = True, param_diff: Change = unknown_change) -> dict[s
 
 
 def _prefix() -> tuple[Any, ...]:
-    from gjflax.core.context import top_frame
-
     frame = top_frame()
     return frame.prefix if frame is not None else ()
 

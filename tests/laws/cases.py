@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import gjflax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
+
+import gjflax
 from gjflax import (
     Bernoulli,
     Categorical,
@@ -28,8 +30,8 @@ from gjflax import (
     gen,
     trace,
 )
-from scipy import stats
 
+_variables: dict[str, Any] = {}
 Address = tuple[str, ...]
 Terms = dict[Address, np.ndarray]
 
@@ -59,7 +61,10 @@ class Case:
     mapped: Address = ()
 
     def variables(self) -> Any:
-        return self.gen_fn.init(jax.random.key(7), *self.args)
+        """Initialised once for each case, which saves most of the suite's time."""
+        if self.name not in _variables:
+            _variables[self.name] = jax.jit(self.gen_fn.init)(jax.random.key(7), *self.args)
+        return _variables[self.name]
 
     def bound(self) -> Any:
         """The module as a user runs it: bound where it has variables, else as it is."""

@@ -16,16 +16,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core.scope import DenyList
 
 from gjflax.core.choice_map import ChoiceMap, choice_map
-from gjflax.core.errors import ArgumentError, NotReparameterizedError, show_address
+from gjflax.core.errors import (
+    ArgumentError,
+    ChoiceMapError,
+    MissingChoiceError,
+    NotReparameterizedError,
+    UnvisitedConstraintError,
+    show_address,
+)
 from gjflax.core.generative_function import GenerativeFunction
-from gjflax.core.keys import typed_key
+from gjflax.core.lifting import vmap_module
 from gjflax.core.trace import Trace
 from gjflax.core.typing import Arguments, FloatArray
-
-_SOWN = ("intermediates", "diagnostics")
 
 
 class ELBO(nn.Module):
@@ -85,15 +89,10 @@ class ELBO(nn.Module):
         if self.num_samples == 1:
             log_weights = self._log_weight(keys[0], observed, model_args, guide_args)[None]
         else:
-            sampled = nn.vmap(
-                type(self)._log_weight,
-                in_axes=(0, None, None, None),
-                variable_axes={**dict.fromkeys(_SOWN, 0), DenyList(_SOWN): None},
-                split_rngs={"params": False, DenyList("params"): True},
-                axis_size=self.num_samples,
-            )
+            sampled = vmap_module(type(self)._log_weight, (0, None, None, None), self.num_samples)
             log_weights = sampled(self, keys, observed, model_args, guide_args)
-        self.sow("diagnostics", "log_weights", log_weights, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        if not self.is_initializing():  # else they would be among the variables, with the shape that they have here
+            self.sow("diagnostics", "log_weights", log_weights, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
         return -jnp.mean(log_weights)
 
     def _log_weight(self, key: Any, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
@@ -101,11 +100,15 @@ class ELBO(nn.Module):
         key, guide_key = jax.random.split(key)
         _, trace = self.guide.simulate(guide_key, guide_args)
         require_reparameterized(trace)
-        _, (_, score) = self.model.assess(key, trace.strip().merge(observed), model_args)
+        try:
+            _, (_, score) = self.model.assess(key, trace.strip().merge(observed), model_args)
+        except (MissingChoiceError, UnvisitedConstraintError, ChoiceMapError) as error:
+            error.add_note("In an ELBO the choices of the guide and the observed ones are together those of the model.")
+            raise
         return score - trace.get_score()
 
     def _key(self) -> Any:
-        return typed_key(self.guide._choice_key())
+        return self.guide._choice_key()
 
 
 def require_reparameterized(trace: Trace) -> None:
