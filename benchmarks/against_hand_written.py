@@ -43,9 +43,7 @@ def data(size):
 
 def compare(name, hand, ours, *args):
     hand, ours = jax.jit(hand), jax.jit(ours)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), hand(*args), ours(*args)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), hand(*args), ours(*args))
     repeats = 20
     run = {
         label: lambda f=f: jax.block_until_ready([f(*args) for _ in range(repeats)])

@@ -9,16 +9,18 @@ import dataclasses
 import inspect
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.linen as nn
-import gjflax
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+
+import gjflax
 from gjflax import (
     ELBO,
     AllSelection,
@@ -128,6 +130,19 @@ class Sampler(gjflax.Distribution):
 
     def logpdf(self, value: Any) -> Any:
         return jnp.zeros_like(value)
+
+
+@gen
+def either(leaf):
+    return trace("x", Normal)(0.0, 1.0) if leaf else trace("x", line)(0.0, 1.0)
+
+
+network = Network()
+
+
+class NotCompact(GenModule):
+    def __call__(self, x):
+        return trace("inner", network)(x)
 
 
 def body(function: Callable[[], Any]) -> Callable[[Any], Any]:
@@ -452,7 +467,12 @@ ROWS = [
     Row("@gen with options alone", errors.CalleeError, has("combinator"), lambda key: gen(lambda: None, repeats=3)),
     Row("@gen of a method", errors.CalleeError, has("method", "GenModule"), lambda key: gen(Network.setup)),
     # Where trace may stand ---------------------------------------------------------------------------------------
-    Row("trace outside of a body", errors.TraceContextError, has('"a"', "@gen"), lambda key: trace("a", Normal)(0.0, 1.0)),
+    Row(
+        "trace outside of a body",
+        errors.TraceContextError,
+        has('"a"', "@gen"),
+        lambda key: trace("a", Normal)(0.0, 1.0),
+    ),
     *(
         Row(f"trace inside {name}", errors.TraceTransformError, has('("outer", "x")', "Map", "Switch"), body(function))
         for name, function in {
@@ -563,17 +583,60 @@ ROWS = [
         lambda key: pair.constrain({"left": {"coin": 0.3, "noise": 0.0}}, ()),
     ),
     # Arguments ---------------------------------------------------------------------------------------------------
-    Row("arguments that are no tuple", errors.ArgumentError, has("`args`", "tuple", "float"), lambda key: Normal.simulate(key, 0.0)),
+    Row(
+        "arguments that are no tuple",
+        errors.ArgumentError,
+        has("`args`", "tuple", "float"),
+        lambda key: Normal.simulate(key, 0.0),
+    ),
     Row("a list of arguments", errors.ArgumentError, has("`args`", "list"), lambda key: line.simulate(key, [1.0, 2.0])),
-    Row("arguments one by one", errors.ArgumentError, has("one tuple", "3 pos"), lambda key: Normal.simulate(key, 0.0, 1.0)),
+    Row(
+        "arguments one by one",
+        errors.ArgumentError,
+        has("one tuple", "3 pos"),
+        lambda key: Normal.simulate(key, 0.0, 1.0),
+    ),
     Row("no key", errors.ArgumentError, has("(key, args)", "1 positional"), lambda key: line.simulate((1.0, 2.0))),
     Row("nothing", errors.ArgumentError, has("(key, args)", "0 positional"), lambda key: line.simulate()),
     Row("a key given twice", errors.ArgumentError, has("(key, args)"), lambda key: pair.simulate(key, (), key=key)),
     Row("key and arguments swapped", errors.ArgumentError, has("`args`"), lambda key: line.simulate((1.0, 2.0), key)),
     Row("a seed as a key", errors.ArgumentError, has("jax.random.key(seed)", "0"), lambda key: pair.simulate(0, ())),
-    Row("an array of keys", errors.ArgumentError, has("(3,)", "vmap"), lambda key: pair.simulate(jax.random.split(key, 3), ())),
-    Row("choices in the place of the trace", errors.ArgumentError, has("`trace`", "dict"), lambda key: pair.update(key, {}, {}, ())),
-    Row("a list of changes", errors.ArgumentError, has("`argdiffs`", "list"), lambda key: pair.update(key, of(pair), {}, [])),
+    Row(
+        "an array of keys",
+        errors.ArgumentError,
+        has("(3,)", "vmap"),
+        lambda key: pair.simulate(jax.random.split(key, 3), ()),
+    ),
+    Row(
+        "choices in the place of the trace",
+        errors.ArgumentError,
+        has("`trace`", "dict"),
+        lambda key: pair.update(key, {}, {}, ()),
+    ),
+    Row(
+        "the trace of another generative function",
+        errors.ArgumentError,
+        has("Map.update", "MapTrace", "BuiltinTrace"),
+        lambda key: lines.update(key, of(line, XS, 1.0), {}, (XS, 1.0)),
+    ),
+    Row(
+        "callees of two kinds at one address",
+        errors.ArgumentError,
+        has('at "x"', "BuiltinTrace", "Normal", "one kind at one address"),
+        lambda key: either.update(key, of(either, True), {}, (False,)),
+    ),
+    Row(
+        "a callee with parameters in a body that is not compact",
+        errors.UnboundParametersError,
+        has("NotCompact", '"inner"', "setup", "@nn.compact"),
+        lambda key: NotCompact().init(key, XS),
+    ),
+    Row(
+        "a list of changes",
+        errors.ArgumentError,
+        has("`argdiffs`", "list"),
+        lambda key: pair.update(key, of(pair), {}, []),
+    ),
     Row(
         "a change that is none",
         errors.ArgumentError,
@@ -586,18 +649,27 @@ ROWS = [
         has("refuse", "allow", "maybe"),
         lambda key: pair.choice_grad(key, of(pair), select(("left", "noise")), untraced="maybe"),
     ),
-    Row("a gradient in no argument", errors.ArgumentError, has("argument 2 of 2"), lambda key: line.arg_grad(key, of(line, XS, 1.0), 2)),
+    Row(
+        "a gradient in no argument",
+        errors.ArgumentError,
+        has("argument 2 of 2"),
+        lambda key: line.arg_grad(key, of(line, XS, 1.0), 2),
+    ),
     Row(
         "a gradient in an integer argument",
         errors.ArgumentError,
         has("Argument 0", "floating"),
-        lambda key: gen(lambda n: trace("y", Normal)(n * 1.0, 1.0)).arg_grad(key, of(gen(lambda n: trace("y", Normal)(n * 1.0, 1.0)), 1)),
+        lambda key: gen(lambda n: trace("y", Normal)(n * 1.0, 1.0)).arg_grad(
+            key, of(gen(lambda n: trace("y", Normal)(n * 1.0, 1.0)), 1)
+        ),
     ),
     Row(
         "a gradient in a text",
         errors.ArgumentError,
         has("Argument 0", "floating"),
-        lambda key: gen(lambda s: trace("y", Normal)(0.0, 1.0)).arg_grad(key, of(gen(lambda s: trace("y", Normal)(0.0, 1.0)), "text")),
+        lambda key: gen(lambda s: trace("y", Normal)(0.0, 1.0)).arg_grad(
+            key, of(gen(lambda s: trace("y", Normal)(0.0, 1.0)), "text")
+        ),
     ),
     Row(
         "an argument that a callee does not have",
@@ -611,20 +683,65 @@ ROWS = [
         has("keyword-only", "scale"),
         body(lambda: trace("a", gen(lambda x, *, scale: trace("y", Normal)(x, scale)))(0.0, scale=1.0)),
     ),
-    Row("keywords for a combinator", errors.ArgumentError, has("Map", "position", "slope"), body(lambda: trace("a", lines)(XS, slope=1.0))),
+    Row(
+        "keywords for a combinator",
+        errors.ArgumentError,
+        has("Map", "position", "slope"),
+        body(lambda: trace("a", lines)(XS, slope=1.0)),
+    ),
     # Map ---------------------------------------------------------------------------------------------------------
     Row("a Map of a function", errors.ArgumentError, has("Map", "@gen"), lambda key: Map(lambda x: x)),
     *(
-        Row(f"repeats={repeats}", errors.ArgumentError, has("repeats", str(repeats)), lambda key, r=repeats: Map(flip, repeats=r))
+        Row(
+            f"repeats={repeats}",
+            errors.ArgumentError,
+            has("repeats", str(repeats)),
+            lambda key, r=repeats: Map(flip, repeats=r),
+        )
         for repeats in (0, -1, 1.5, True)
     ),
-    Row("axes of other arguments", errors.ArgumentError, has("in_axes", "2 arguments"), lambda key: Map(line, in_axes=(0,)).simulate(key, (XS, 1.0))),
-    Row("axes in a list", errors.ArgumentError, has("in_axes", "tuple"), lambda key: Map(line, in_axes=[0, None]).simulate(key, (XS, 1.0))),
-    Row("an axis that is not there", errors.ArgumentError, has("axis 1", "(3,)"), lambda key: Map(line, in_axes=(1, None)).simulate(key, (XS, 1.0))),
-    Row("no mapped argument", errors.ArgumentError, has("length is unknown", "repeats"), lambda key: Map(line, in_axes=(None, None)).simulate(key, (XS, 1.0))),
-    Row("axes of another structure", errors.ArgumentError, has("structure", "argument 0"), lambda key: Map(line, in_axes=({"a": 0}, None)).simulate(key, (XS, 1.0))),
-    Row("lengths that differ", errors.ArgumentError, has("0: 3", "1: 2"), lambda key: Map(line, in_axes=0).simulate(key, (XS, XS[:2]))),
-    Row("a length that is not `repeats`", errors.ArgumentError, has("0: 3", "repeats: 2"), lambda key: Map(line, in_axes=(0, None), repeats=2).simulate(key, (XS, 1.0))),
+    Row(
+        "axes of other arguments",
+        errors.ArgumentError,
+        has("in_axes", "2 arguments"),
+        lambda key: Map(line, in_axes=(0,)).simulate(key, (XS, 1.0)),
+    ),
+    Row(
+        "axes in a list",
+        errors.ArgumentError,
+        has("in_axes", "tuple"),
+        lambda key: Map(line, in_axes=[0, None]).simulate(key, (XS, 1.0)),
+    ),
+    Row(
+        "an axis that is not there",
+        errors.ArgumentError,
+        has("axis 1", "(3,)"),
+        lambda key: Map(line, in_axes=(1, None)).simulate(key, (XS, 1.0)),
+    ),
+    Row(
+        "no mapped argument",
+        errors.ArgumentError,
+        has("length is unknown", "repeats"),
+        lambda key: Map(line, in_axes=(None, None)).simulate(key, (XS, 1.0)),
+    ),
+    Row(
+        "axes of another structure",
+        errors.ArgumentError,
+        has("structure", "argument 0"),
+        lambda key: Map(line, in_axes=({"a": 0}, None)).simulate(key, (XS, 1.0)),
+    ),
+    Row(
+        "lengths that differ",
+        errors.ArgumentError,
+        has("0: 3", "1: 2"),
+        lambda key: Map(line, in_axes=0).simulate(key, (XS, XS[:2])),
+    ),
+    Row(
+        "a length that is not `repeats`",
+        errors.ArgumentError,
+        has("0: 3", "repeats: 2"),
+        lambda key: Map(line, in_axes=(0, None), repeats=2).simulate(key, (XS, 1.0)),
+    ),
     Row(
         "a length that changes",
         errors.ArgumentError,
@@ -632,10 +749,30 @@ ROWS = [
         lambda key: lines.update(key, of(lines, XS, 1.0), {}, (XS[:2], 1.0)),
     ),
     # TrainCombinator ---------------------------------------------------------------------------------------------
-    Row("training a function", errors.ArgumentError, has("TrainCombinator", "@gen"), lambda key: TrainCombinator(lambda p: p, params={})),
-    Row("parameters that are no dict", errors.ArgumentError, has("`params`", "dict", "0.5"), lambda key: TrainCombinator(flip, params=0.5)),
-    Row("parameters without names", errors.ArgumentError, has("`params`", "name"), lambda key: TrainCombinator(flip, params={0: 0.5})),
-    Row("traced initial values", errors.ArgumentError, has("initial values", "bind"), lambda key: TrainCombinator(flip, params={"p": jax.random.uniform(key)})),
+    Row(
+        "training a function",
+        errors.ArgumentError,
+        has("TrainCombinator", "@gen"),
+        lambda key: TrainCombinator(lambda p: p, params={}),
+    ),
+    Row(
+        "parameters that are no dict",
+        errors.ArgumentError,
+        has("`params`", "dict", "0.5"),
+        lambda key: TrainCombinator(flip, params=0.5),
+    ),
+    Row(
+        "parameters without names",
+        errors.ArgumentError,
+        has("`params`", "name"),
+        lambda key: TrainCombinator(flip, params={0: 0.5}),
+    ),
+    Row(
+        "traced initial values",
+        errors.ArgumentError,
+        has("initial values", "bind"),
+        lambda key: TrainCombinator(flip, params={"p": jax.random.uniform(key)}),
+    ),
     Row(
         "parameters of other shapes",
         errors.ArgumentError,
@@ -649,7 +786,10 @@ ROWS = [
         errors.ArgumentError,
         has("2 entries", "0 arguments, or 1"),
         lambda key: TrainCombinator(gen(lambda p: trace("x", Normal)(p["mu"], 1.0)), params={"mu": 0.0}).update(
-            key, of(TrainCombinator(gen(lambda p: trace("x", Normal)(p["mu"], 1.0)), params={"mu": 0.0})), {}, (1.0, 2.0)
+            key,
+            of(TrainCombinator(gen(lambda p: trace("x", Normal)(p["mu"], 1.0)), params={"mu": 0.0})),
+            {},
+            (1.0, 2.0),
         ),
     ),
     # Objectives --------------------------------------------------------------------------------------------------
@@ -659,20 +799,52 @@ ROWS = [
         has('("z", "kind")', "Bernoulli", "reparameterized=True"),
         lambda key: ELBO(joint, discrete_guide).init(key, {"x": 1.0}),
     ),
-    Row("a latent that the guide lacks", errors.MissingChoiceError, has('"z"', "guide"), lambda key: ELBO(joint, gen(lambda: None)).init(key, {"x": 1.0})),
-    Row("a choice that only the guide has", errors.UnvisitedConstraintError, has('"more"', "guide"), lambda key: ELBO(joint, guide_with_more).init(key, {"x": 1.0})),
-    Row("an observed choice of the guide", errors.ChoiceMapError, has('"z"', "guide"), lambda key: ELBO(joint, Guide()).init(key, {"x": 1.0, "z": 0.0})),
-    Row("an observed choice that is misspelt", errors.MissingChoiceError, has('"x"', "observed"), lambda key: ELBO(joint, Guide()).init(key, {"xx": 1.0})),
+    Row(
+        "a latent that the guide lacks",
+        errors.MissingChoiceError,
+        has('"z"', "guide"),
+        lambda key: ELBO(joint, gen(lambda: None)).init(key, {"x": 1.0}),
+    ),
+    Row(
+        "a choice that only the guide has",
+        errors.UnvisitedConstraintError,
+        has('"more"', "guide"),
+        lambda key: ELBO(joint, guide_with_more).init(key, {"x": 1.0}),
+    ),
+    Row(
+        "an observed choice of the guide",
+        errors.ChoiceMapError,
+        has('"z"', "guide"),
+        lambda key: ELBO(joint, Guide()).init(key, {"x": 1.0, "z": 0.0}),
+    ),
+    Row(
+        "an observed choice that is misspelt",
+        errors.MissingChoiceError,
+        has('"x"', "observed"),
+        lambda key: ELBO(joint, Guide()).init(key, {"xx": 1.0}),
+    ),
     Row("no samples", errors.ArgumentError, has("num_samples", "0"), lambda key: ELBO(joint, Guide(), num_samples=0)),
     Row("a class as guide", errors.ArgumentError, has("guide", "Guide"), lambda key: ELBO(joint, Guide)),
-    Row("arguments of the model, not in a tuple", errors.ArgumentError, has("tuple", "float"), lambda key: ELBO(joint, Guide()).init(key, {"x": 1.0}, 0.5)),
-    Row("an objective without its stream", errors.MissingStreamError, has('"choice"', "rngs="), lambda key: ELBO(joint, Guide()).apply(ELBO(joint, Guide()).init(key, {"x": 1.0}), {"x": 1.0})),
+    Row(
+        "arguments of the model, not in a tuple",
+        errors.ArgumentError,
+        has("tuple", "float"),
+        lambda key: ELBO(joint, Guide()).init(key, {"x": 1.0}, 0.5),
+    ),
+    Row(
+        "an objective without its stream",
+        errors.MissingStreamError,
+        has('"choice"', "rngs="),
+        lambda key: ELBO(joint, Guide()).apply(ELBO(joint, Guide()).init(key, {"x": 1.0}), {"x": 1.0}),
+    ),
     # Randomness that is no choice --------------------------------------------------------------------------------
     *(
         Row(f"{method} through {stream}", errors.UntracedRandomnessError, has(f'"{stream}"', 'untraced="allow"'), call)
         for stream in ("dropout", "noise")
         for method, call in {
-            "choice_grad": lambda key, s=stream: Noisy(s).bind({}, rngs={s: key}).choice_grad(key, noisy_trace(s), select("y")),
+            "choice_grad": lambda key, s=stream: (
+                Noisy(s).bind({}, rngs={s: key}).choice_grad(key, noisy_trace(s), select("y"))
+            ),
             "arg_grad": lambda key, s=stream: Noisy(s).bind({}, rngs={s: key}).arg_grad(key, noisy_trace(s), 0),
             "param_grad": lambda key, s=stream: Noisy(s).param_grad(key, noisy_trace(s), {}),
             "score_params": lambda key, s=stream: Noisy(s).score_params(key, noisy_trace(s), {}),
@@ -686,10 +858,20 @@ ROWS = [
         has('"dropout"', "bound with that stream"),
         lambda key: Noisy().choice_grad(key, noisy_trace("dropout"), select("y"), untraced="allow"),
     ),
-    Row("a stochastic layer without its stream", errors.MissingStreamError, has("noise", '"choice"', "rngs="), lambda key: Layer().apply({}, 1.0)),
+    Row(
+        "a stochastic layer without its stream",
+        errors.MissingStreamError,
+        has("noise", '"choice"', "rngs="),
+        lambda key: Layer().apply({}, 1.0),
+    ),
     # What a generative function does not say ---------------------------------------------------------------------
     *(
-        Row(f"{method} of a class that lacks it", errors.NotImplementedByGenerativeFunctionError, has("Bare", method), call)
+        Row(
+            f"{method} of a class that lacks it",
+            errors.NotImplementedByGenerativeFunctionError,
+            has("Bare", method),
+            call,
+        )
         for method, call in {
             "simulate": lambda key: Bare().simulate(key, ()),
             "importance": lambda key: Bare().importance(key, {}, ()),
@@ -699,10 +881,23 @@ ROWS = [
             "constrain": lambda key: Bare().constrain({}, ()),
         }.items()
     ),
-    Row("no bijector", errors.NotImplementedByGenerativeFunctionError, has('"s"', "Sampler", "bijector"), lambda key: gen(lambda: trace("s", Sampler())()).constrain({"s": 0.0}, ())),
+    Row(
+        "no bijector",
+        errors.NotImplementedByGenerativeFunctionError,
+        has('"s"', "Sampler", "bijector"),
+        lambda key: gen(lambda: trace("s", Sampler())()).constrain({"s": 0.0}, ()),
+    ),
 ]
 
 CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, Exception)]
+
+
+@pytest.fixture(autouse=True)
+def _without_checked_signatures() -> Iterator[None]:
+    """The errors are those that a user sees, whose signatures nobody checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

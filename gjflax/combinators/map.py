@@ -125,6 +125,8 @@ class Map(GenerativeFunction):
     └── inner: f32[3]
     """
 
+    trace_type = MapTrace
+
     inner: Any
     in_axes: Any = None
     repeats: int | None = None
@@ -439,7 +441,9 @@ def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, A
         raise ArgumentError(f"`in_axes` does not have the structure of argument {position}: {error}") from error
     paths = jax.tree_util.tree_flatten_with_path(argument)[0]
     pairs = zip(paths, jax.tree.leaves(axes), strict=True)
-    return [(f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one is not _NOT_MAPPED]
+    return [
+        (f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one is not _NOT_MAPPED
+    ]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -112,6 +112,8 @@ class TrainCombinator(GenerativeFunction):
     0.5
     """
 
+    trace_type = TrainTrace
+
     inner: Any
     params: Any
 

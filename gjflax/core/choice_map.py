@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gjflax.core.errors import ChoiceMapError, MissingChoiceError, nearest, show_address
 from gjflax.core.pytree import Const, Pytree
@@ -201,7 +202,7 @@ class VectorChoiceMap(ChoiceMap):
     """
 
     indices: Any
-    inner: ChoiceMap
+    inner: Any
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inner", choice_map(self.inner))
@@ -254,7 +255,7 @@ class VectorChoiceMap(ChoiceMap):
 
     def _element(self, index: Any) -> ChoiceMap:
         indices = self.static_indices
-        if isinstance(index, jax.Array) and not isinstance(index, jax.core.Tracer):
+        if isinstance(index, jax.Array) and not isinstance(index, Tracer):
             index = int(index)
         if isinstance(index, (int, np.integer)) and indices is not None:
             if index < 0 and isinstance(indices, range):

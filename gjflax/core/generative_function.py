@@ -70,6 +70,9 @@ class GenerativeFunction(nn.Module):
     needs_variables = True
     """Whether running it may read Flax variables; where not, an unbound call needs no scope."""
 
+    trace_type = Trace
+    """The class of its traces; its methods refuse others."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in PARAMETERS:
             if name in cls.__dict__ and not is_lifted(cls.__dict__[name]):
@@ -335,8 +338,8 @@ class GenerativeFunction(nn.Module):
         scope = self.scope
         if scope is None:
             raise UnboundParametersError(
-                f"`{getattr(self, 'label', type(self).__name__)}` was called directly, and is not part of a module. Inside a generative function write "
-                "`trace(address, callee)(*args)`; elsewhere use `simulate(key, args)`, or "
+                f"`{getattr(self, 'label', type(self).__name__)}` was called directly, and is not part of a module. "
+                "Inside a generative function write `trace(address, callee)(*args)`; elsewhere use `simulate(key, args)`, or "
                 '`apply(variables, *args, rngs={"choice": key})`.'
             )
         if scope.has_rng(CHOICE_STREAM):

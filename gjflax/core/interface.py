@@ -16,8 +16,9 @@ from flax import errors as flax_errors
 from jax.core import Tracer
 
 from gjflax.core.choice_map import choice_map
+from gjflax.core.context import current_address
 from gjflax.core.diff import Change
-from gjflax.core.errors import ArgumentError, UnboundParametersError
+from gjflax.core.errors import ArgumentError, UnboundParametersError, show_address
 from gjflax.core.keys import is_typed_key, like_key, typed_key
 from gjflax.core.selection import Selection, select
 from gjflax.core.trace import Trace
@@ -121,6 +122,14 @@ def interface_method(function: Callable[..., Any]) -> Callable[..., Any]:
                 f"got {len(args)} positional arguments{_listed(kwargs)}."
             )
         values = {key: _FORMS.get(key, _as_is)(key, value) for key, value in given.items()}
+        if "trace" in values and not isinstance(values["trace"], self.trace_type):
+            made_by = values["trace"].get_gen_fn()
+            raise ArgumentError(
+                f"`{getattr(self, 'label', type(self).__name__)}.{name}` at {show_address(current_address())} takes a "
+                f"{self.trace_type.__name__}; got a {type(values['trace']).__name__}, which "
+                f"{getattr(made_by, 'label', type(made_by).__name__)} made. A trace goes to the generative function that "
+                "made it, and a body has callees of one kind at one address."
+            )
         if has_key:
             values["key"] = typed_key(given["key"])
         positional = [values.pop(parameter) for parameter in parameters]

@@ -122,9 +122,8 @@ def canonical(tree: Any) -> Any:
     def leaf(value: Any) -> Any:
         if isinstance(value, jax.Array):
             return strong(value)
-        if isinstance(value, (bool, int, float, complex, np.ndarray, np.generic)) and (
-            getattr(value, "dtype", None) != object
-        ):
+        is_object = isinstance(value, np.ndarray) and value.dtype.hasobject
+        if isinstance(value, (bool, int, float, complex, np.ndarray, np.generic)) and not is_object:
             return strong(value)
         return Const(value)
 

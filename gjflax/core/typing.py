@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 FloatArray: TypeAlias = Float[Array, "..."]
@@ -15,16 +16,19 @@ IntArray: TypeAlias = Integer[Array, "..."]
 BoolArray: TypeAlias = Bool[Array, "..."]
 """A boolean array of any shape."""
 
-Score: TypeAlias = Float[Array, "..."]
-"""A log density or log weight: a scalar, or a batch of scalars where the trace is a batch of traces."""
+Score: TypeAlias = Float[Array | np.ndarray, "..."]
+"""A log density or log weight: a scalar, or a batch of scalars where the trace is a batch of traces.
 
-PRNGKey: TypeAlias = Key[Array, ""] | UInt32[Array, "2"]
+A trace that was read from a file holds NumPy arrays.
+"""
+
+PRNGKey: TypeAlias = Key[Array, ""] | UInt32[Array | np.ndarray, "2"]
 """A typed JAX key (``jax.random.key``) or a legacy one (``jax.random.PRNGKey``)."""
 
-PRNGKeys: TypeAlias = Key[Array, "n"] | UInt32[Array, "n 2"]
+PRNGKeys: TypeAlias = Key[Array, " n"] | UInt32[Array, "n 2"]
 """A vector of keys."""
 
-Component: TypeAlias = str | int
+Component: TypeAlias = str | int | np.integer | Integer[Array, ""]
 """One part of an address: a name, or an index into a vector of choices."""
 
 Address: TypeAlias = Component | tuple[Component, ...]

@@ -20,11 +20,12 @@ from gjflax.core.errors import ArgumentError, ChoiceShapeError, show_address
 def free_promotion() -> Iterator[None]:
     """The rules under which TFP runs, whatever the user's are.
 
-    It promotes dtypes and ranks by itself; and it asks for float64 and takes what it gets, which is the user's choice
-    and nothing to be warned of.
+    It promotes dtypes and ranks by itself; it asks for float64 and takes what it gets, which is the user's choice and
+    nothing to be warned of; and it calls what JAX has deprecated, which is its authors' concern.
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 

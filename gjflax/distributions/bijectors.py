@@ -1,11 +1,13 @@
-r"""The maps from R onto the supports of the families that are built without TFP.
+r"""The maps from R^n onto supports: of the families that are built without TFP, and where TFP's need a correction.
 
-Each has the methods of a TFP bijector that `constrain` and `unconstrain` call, elementwise, and is the one that
-TFP chooses for the family: so whether a family is built with TFP or without, its values in R^n are the same.
+Each has the methods of a TFP bijector that `constrain` and `unconstrain` call. Those of families without TFP are
+the ones that TFP chooses: so whether a family is built with TFP or without, its values in R^n are the same.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,3 +111,56 @@ class Sigmoid(Bijector):
     def log_slope(self, x: Any) -> Any:
         low, high = self._bounds(x)
         return jnp.log(jnp.asarray(high - low, x.dtype)) - jax.nn.softplus(-x) - jax.nn.softplus(x)
+
+
+class Measured:
+    """A TFP bijector with its log determinant taken in the coordinates in which the family's density is one.
+
+    On a surface, such as the simplex, TFP takes the determinant of an area, or that of a map between other sets. A
+    density in R^n needs the measure that the density on the surface is for, else it does not integrate to 1.
+
+    Args:
+      inner: the TFP bijector.
+      excess: ``excess(y)``, by how much its log determinant is too large at f(x) = y, one number for each event.
+    """
+
+    def __init__(self, inner: Any, excess: Callable[[Any], Any]):
+        self.inner, self.excess = inner, excess
+        self.forward_min_event_ndims = inner.forward_min_event_ndims
+
+    def forward(self, x: Any) -> Any:
+        """f(x)."""
+        return self.inner.forward(x)
+
+    def inverse(self, y: Any) -> Any:
+        """The x with f(x) = y."""
+        return self.inner.inverse(y)
+
+    def forward_log_det_jacobian(self, x: Any, event_ndims: int) -> Any:
+        """The log determinant, summed over the last `event_ndims` axes."""
+        excess = self.excess(self.inner.forward(x))
+        extra = tuple(range(self.forward_min_event_ndims - event_ndims, 0))
+        return self.inner.forward_log_det_jacobian(x, event_ndims=event_ndims) - jnp.sum(excess, extra)
+
+    def inverse_log_det_jacobian(self, y: Any, event_ndims: int) -> Any:
+        """The same of the inverse, for `event_ndims` axes of f(x)."""
+        axes = event_ndims - self.inner.inverse_min_event_ndims + self.forward_min_event_ndims
+        return -self.forward_log_det_jacobian(self.inverse(y), axes)
+
+    def forward_event_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of f(x) for x of this shape."""
+        return tuple(self.inner.forward_event_shape(shape))
+
+    def inverse_event_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of x for f(x) of this shape."""
+        return tuple(self.inner.inverse_event_shape(shape))
+
+
+def simplex_excess(y: Any) -> Any:
+    """TFP has the area on the simplex of K numbers; its densities are in the first K − 1 of them: a factor of √K."""
+    return jnp.full(y.shape[:-1], 0.5 * math.log(y.shape[-1]), y.dtype)
+
+
+def correlation_excess(y: Any) -> Any:
+    """TFP has the map L ↦ L Lᵀ of all lower triangles L; on those of correlations it is smaller by 2^K |det L|."""
+    return 0.5 * jnp.linalg.slogdet(y)[1] + y.shape[-1] * math.log(2)

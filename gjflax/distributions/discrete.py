@@ -168,7 +168,7 @@ def _binomial(value: Any, total_count: Any, parameter: Any, log_success: Any, lo
     return jnp.where(inside, terms + jnp.where(both, log_ways, 0.0), -jnp.inf)
 
 
-def _draw_binomial_of_probs(key: PRNGKey, like: Any, total_count: Any, probs: Any) -> Any:
+def _draw_binomial_of_probs(key: Any, like: Any, total_count: Any, probs: Any) -> Any:
     return jax.random.binomial(key, total_count, probs, like.shape, like.dtype).astype(jnp.int32)
 
 
@@ -179,7 +179,7 @@ def _draw_binomial_of_logits(key: PRNGKey, like: Any, total_count: Any, logits: 
 class Binomial(Native):
     r"""log C(n, v) + v log p + (n − v) log(1 − p), for v in {0, …, n}. With u = n − v and by Stirling's formula,
 
-        log C(n, v) = −v log(v/n) − u log(u/n) + ½ log(n / (2π v u)) + δ(n) − δ(v) − δ(u).
+    log C(n, v) = −v log(v/n) − u log(u/n) + ½ log(n / (2π v u)) + δ(n) − δ(v) − δ(u).
     """
 
     is_discrete = True
@@ -219,7 +219,7 @@ def _draw_poisson_of_log_rate(key: PRNGKey, like: Any, log_rate: Any) -> Any:
 class Poisson(Native):
     r"""v log rate − rate − log v!, for v in {0, 1, …}. For v > 0 that is, by Stirling's formula,
 
-        v (log rate − log v) + (v − rate) − ½ log(2π v) − δ(v).
+    v (log rate − log v) + (v − rate) − ½ log(2π v) − δ(v).
     """
 
     is_discrete = True

@@ -118,8 +118,8 @@ class LogNormal(Native):
 
 
 def _half_normal(value: Any, scale: Any) -> Any:
-    z = value / scale
-    return jnp.where(value >= 0, math.log(2) - 0.5 * (z * z) - (jnp.log(scale) + HALF_LOG_TWO_PI), -jnp.inf)
+    inside = (value >= 0) & (value < jnp.inf)
+    return jnp.where(inside, math.log(2) + _normal(jnp.where(inside, value, 0.0), 0.0, scale), -jnp.inf)
 
 
 def _draw_half_normal(key: PRNGKey, like: Any, scale: Any) -> Any:
@@ -159,7 +159,8 @@ class Laplace(Native):
 
 
 def _exponential(value: Any, rate: Any) -> Any:
-    return jnp.where(value >= 0, jnp.log(rate) - rate * value, -jnp.inf)
+    inside = (value >= 0) & (value < jnp.inf)
+    return jnp.where(inside, jnp.log(rate) - rate * jnp.where(inside, value, 0.0), -jnp.inf)
 
 
 def _draw_exponential(key: PRNGKey, like: Any, rate: Any) -> Any:

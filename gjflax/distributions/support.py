@@ -232,6 +232,9 @@ DISCRETE = frozenset(
 )
 """TFP's classes whose values are whole numbers, also where TFP makes floats of them."""
 
+_ATOMS = frozenset({"Empirical", "FiniteDiscrete", "QuantizedDistribution"})
+"""TFP's classes whose values are single numbers, whole or not."""
+
 
 def name_of(distribution: Any) -> str:
     """The name of a distribution's class if it is one of TFP's own, else the empty string."""
@@ -239,14 +242,42 @@ def name_of(distribution: Any) -> str:
     return kind.__name__ if kind.__module__.startswith("tensorflow_probability.") else ""
 
 
-def is_discrete(distribution: Any) -> bool:
-    """Whether a distribution's values are whole numbers."""
-    part = {"Independent": "distribution", "Sample": "distribution", "MixtureSameFamily": "components_distribution"}
-    part["HiddenMarkovModel"] = "observation_distribution"
+_PART: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("Independent", "Sample", "BatchReshape", "BatchBroadcast", "Masked"), lambda d: d.distribution),
+    "MixtureSameFamily": lambda d: d.components_distribution,
+    "Mixture": lambda d: d.components[0],
+    "HiddenMarkovModel": lambda d: d.observation_distribution,
+}
+
+
+def name_of_events(distribution: Any) -> str:
+    """The name of the family of a distribution's events: of a composite that of its parts."""
     name = name_of(distribution)
-    if name in part:
-        return is_discrete(getattr(distribution, part[name]))
-    return name in DISCRETE
+    return name_of_events(_PART[name](distribution)) if name in _PART else name
+
+
+def is_whole(distribution: Any) -> bool:
+    """Whether a distribution's values are whole numbers."""
+    return name_of_events(distribution) in DISCRETE
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether a distribution's values are single numbers, so that its density has no gradient in them."""
+    if name_of(distribution) == "TransformedDistribution":
+        return is_discrete(distribution.distribution)
+    return is_whole(distribution) or name_of_events(distribution) in _ATOMS
+
+
+def bijector_of(distribution: Any) -> Any:
+    """TFP's bijector from R^n onto the support, or None where it has none or none that fits the value."""
+    if name_of(distribution) not in ("MixtureSameFamily", "HiddenMarkovModel"):
+        try:
+            return distribution.experimental_default_event_space_bijector()
+        except NotImplementedError:
+            return None
+    # One for all the parts, unless their supports differ.
+    bijector = bijector_of(_PART[name_of(distribution)](distribution))
+    return bijector if bijector is not None and tuple(bijector.experimental_batch_shape()) == () else None
 
 
 def support_of(distribution: Any) -> Support | None:

@@ -20,9 +20,9 @@ from gjflax.core.interface import is_tracer
 from gjflax.core.pytree import Const
 from gjflax.core.trace import canonical
 from gjflax.core.typing import Arguments, PRNGKey
-from gjflax.distributions import discrete, native, support
+from gjflax.distributions import bijectors, discrete, native, support
 from gjflax.distributions.arguments import as_array, float_dtype, free_promotion, is_number, site
-from gjflax.distributions.distribution import Applied, Distribution
+from gjflax.distributions.distribution import Applied, Distribution, Packed
 
 _NOT_ARRAYS = frozenset(
     {"num_steps", "num_timesteps", "dimension", "reinterpreted_batch_ndims", "initial_step", "event_ndims", "axis"}
@@ -59,6 +59,15 @@ NATIVE: Mapping[str, Callable[..., Applied]] = {
     "Poisson": discrete.Poisson,
 }
 """Families that are built without TFP."""
+
+
+_EXCESS: Mapping[str, Callable[[Any], Any]] = {
+    "Dirichlet": bijectors.simplex_excess,
+    "FlatDirichlet": bijectors.simplex_excess,
+    "RelaxedOneHotCategorical": bijectors.simplex_excess,
+    "LKJ": bijectors.correlation_excess,
+}
+"""Families for which TFP's log determinant is for another measure than its density."""
 
 
 @functools.cache
@@ -106,7 +115,7 @@ def _template_of(distribution: Any) -> jax.ShapeDtypeStruct:
     if isinstance(dtype, (list, tuple, dict)):
         raise ValueError("it draws several arrays, and a choice is one. Write a generative function with several.")
     shape = tuple(distribution.batch_shape) + tuple(distribution.event_shape)
-    if support.is_discrete(distribution):
+    if support.is_whole(distribution):
         dtype = jnp.int32
     elif dtype is None:
         dtype = jax.eval_shape(lambda key: distribution.sample(seed=key), jax.random.key(0)).dtype
@@ -115,7 +124,7 @@ def _template_of(distribution: Any) -> jax.ShapeDtypeStruct:
 
 def _sample(distribution: Any, key: PRNGKey) -> Any:
     value = distribution.sample(seed=key)
-    return lax.convert_element_type(value, jnp.int32) if support.is_discrete(distribution) else value
+    return lax.convert_element_type(value, jnp.int32) if support.is_whole(distribution) else value
 
 
 def _logpdf(distribution: Any, value: Any) -> Any:
@@ -192,14 +201,7 @@ class _AppliedTFP(Applied):
 
     @property
     def is_discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if not jnp.issubdtype(self.template.dtype, jnp.floating):
-            return True
-        try:
-            # TFP says by the lack of a bijector that a support is a set of single numbers.
-            with free_promotion():
-                return self._distribution.experimental_default_event_space_bijector() is None
-        except NotImplementedError:
-            return False
+        return not jnp.issubdtype(self.template.dtype, jnp.floating) or support.is_discrete(self._distribution)
 
     @property
     def reparameterized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -219,11 +221,10 @@ class _AppliedTFP(Applied):
             return _logpdf(self._distribution, value)
 
     def bijector(self) -> Any:
-        try:
-            with free_promotion():
-                return self._distribution.experimental_default_event_space_bijector()
-        except NotImplementedError:
-            return None
+        with free_promotion():
+            bijector = support.bijector_of(self._distribution)
+        excess = _EXCESS.get(support.name_of_events(self._distribution))
+        return bijector if bijector is None or excess is None else bijectors.Measured(bijector, excess)
 
 
 def _is_fixed(name: str, value: Any) -> bool:
@@ -238,6 +239,10 @@ def _is_array(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_array, value))
     return isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not isinstance(value, bool)
+
+
+def _stored(value: Any) -> Any:
+    return canonical(value) if _is_array(value) else Packed.of(value)
 
 
 class TFPDistribution(Distribution):
@@ -324,7 +329,7 @@ class TFPDistribution(Distribution):
         if isinstance(self.family, str) and self.family in NATIVE:
             return canonical(args)
         return tuple(
-            Const(self._constant(name, value)) if _is_fixed(name, value) else canonical(value)
+            Const(self._constant(name, value)) if _is_fixed(name, value) else _stored(value)
             for name, value in zip(self._names(self._class(), len(args)), args, strict=True)
         )
 

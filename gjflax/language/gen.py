@@ -28,6 +28,7 @@ from gjflax.core.errors import (
     InvalidAddressError,
     TraceContextError,
     TraceTransformError,
+    UnboundParametersError,
     show_address,
 )
 from gjflax.core.generative_function import GenerativeFunction
@@ -147,14 +148,23 @@ def trace(address: Any, callee: Any) -> Callable[..., Any]:
             )
         if frame.trace_state != context.trace_state():
             raise TraceTransformError(
-                f"trace({show_address((*frame.prefix, *path))}, ...) was called inside a JAX transformation (jax.lax.scan, fori_loop or "
-                "cond, jax.vmap, jit or grad) that the body started, which its choice cannot leave. Make that "
-                "code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
+                f"trace({show_address((*frame.prefix, *path))}, ...) was called inside a JAX transformation "
+                "(jax.lax.scan, fori_loop or cond, jax.vmap, jit or grad) that the body started, which its choice cannot "
+                "leave. Make that code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
                 "`Switch` for branches; or move the transformation outside of the model."
             )
         with context.visiting(frame, path):
             free, arguments = callee.positional(args, kwargs)
-            return frame.handler.visit(path, _attach(path, free), arguments)
+            attached = _attach(path, free)
+            try:
+                return frame.handler.visit(path, attached, arguments)
+            except UnboundParametersError as error:
+                if attached.scope is None:
+                    error.add_note(
+                        f"The body of {type(frame.owner).__name__} is not compact, so it cannot make a submodule of the "
+                        f"callee at {show_address(path)}: make that in `setup` (self.inner = ...), or use @nn.compact."
+                    )
+                raise
 
     return call
 
@@ -244,6 +254,8 @@ class GenModule(GenerativeFunction):
     >>> tr["y"].shape
     (3,)
     """
+
+    trace_type = BuiltinTrace
 
     body_is_lifted = False
     """Whether the class was made by a lifted transformation of another, such as ``nn.remat(Model)``."""

@@ -92,10 +92,12 @@ class ELBO(nn.Module):
             sampled = vmap_module(type(self)._log_weight, (0, None, None, None), self.num_samples)
             log_weights = sampled(self, keys, observed, model_args, guide_args)
         if not self.is_initializing():  # else they would be among the variables, with the shape that they have here
-            self.sow("diagnostics", "log_weights", log_weights, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
+            self.sow(
+                "diagnostics", "log_weights", log_weights, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(())
+            )
         return -jnp.mean(log_weights)
 
-    def _log_weight(self, key: Any, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
+    def _log_weight(self, key: Any, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> Any:
         """log p(x, z) − log q(z) at one sample z of the guide."""
         key, guide_key = jax.random.split(key)
         _, trace = self.guide.simulate(guide_key, guide_args)
