@@ -257,6 +257,14 @@ class Map(GenerativeFunction):
         choices, log_det = self._lifted(_constrain, length, (0, 0, self._axes(args)))(self.inner, given, held, args)
         return vector(range(length), choices), _sum_elements(log_det)
 
+    @nn.nowrap
+    def variables_of(self, trace: Any) -> Mapping[str, Any]:
+        of_elements = self.inner.variables_of(trace.inner) if trace.length else {}
+        axes = _thawed(self.variable_axes) or {}
+        shared = [name for name in of_elements if axes.get(name) is None]
+        first = {name: jax.tree.map(lambda leaf: leaf[0], of_elements[name]) for name in shared}
+        return {**of_elements, **first}
+
     # Inside -----------------------------------------------------------------------------------------------------
 
     @nn.nowrap

@@ -169,7 +169,8 @@ class TrainCombinator(GenerativeFunction):
 
     @nn.nowrap
     def variables_of(self, trace: Any) -> Mapping[str, Any]:
-        return {"params": trace.get_args()[-1]}
+        below = self.inner.variables_of(trace.inner).get("params", {})
+        return {"params": {**below, **trace.get_args()[-1]}}
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class TrainCombinator(GenerativeFunction):
         scope = self.scope
         assert scope is not None
         initial = self.params.tree
-        if "params" not in scope.root.variables() and not self.is_mutable_collection("params"):
+        if self._is_without_parameters():
             return jax.tree.map(strong, initial)
         for name, value in initial.items():
             if not scope.name_reserved(name, "params"):
@@ -202,6 +203,12 @@ class TrainCombinator(GenerativeFunction):
         values = {name: unfreeze(nn.meta.unbox(self.get_variable("params", name))) for name in initial}
         self._check_like_initial(values)
         return values
+
+    @nn.nowrap
+    def _is_without_parameters(self) -> bool:
+        """Whether it runs where no parameters are given, for itself or for anything else."""
+        assert self.scope is not None
+        return "params" not in self.scope.root.variables() and not self.is_mutable_collection("params")
 
     @nn.nowrap
     def _check_like_initial(self, values: Any) -> None:
@@ -222,6 +229,6 @@ class TrainCombinator(GenerativeFunction):
                 f"`argdiffs` has {len(argdiffs)} entries; this TrainCombinator takes {count - 1} arguments, or {count} "
                 "with its parameters last."
             )
-        if param_diff is Diff.no_change:
+        if param_diff is Diff.no_change or self._is_without_parameters():
             return (*argdiffs, Diff.no_change(trace.get_args()[-1]))
         return (*argdiffs, Diff.unknown_change(self._values()))

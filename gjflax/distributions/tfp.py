@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from gjflax.core.errors import ArgumentError, ChoiceShapeError, GJFlaxError
 from gjflax.core.interface import is_tracer
@@ -134,41 +135,78 @@ def _logpdf(distribution: Any, value: Any) -> Any:
     return distribution.log_prob(value) if known is None else known.guard(distribution.log_prob, value, distribution)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sample_of_arrays(call: _Call, key: PRNGKey, *values: Any) -> Any:
-    with free_promotion():
-        return _sample(call.build(values), key)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``function(call, structure, *operands)``, and its derivative, under the rules of TFP.
+
+    JAX takes the derivative of what is compiled later, under the rules of whoever asks for it, and TFP's functions of
+    two arguments do not pass where ranks must agree. So it is taken here, and only in the operands that vary.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def compiled(call: _Call, structure: Any, *operands: Any) -> Any:
+        with free_promotion():
+            return function(call, structure, *operands)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def pushforward(call: _Call, structure: Any, varying: tuple[int, ...], operands: Any, tangents: Any) -> Any:
+        def of_varying(*values: Any) -> Any:
+            replaced = dict(zip(varying, values, strict=True))
+            return function(call, structure, *(replaced.get(i, operand) for i, operand in enumerate(operands)))
+
+        with free_promotion():
+            return jax.jvp(of_varying, tuple(operands[i] for i in varying), tangents)
+
+    @functools.partial(compiled.defjvp, symbolic_zeros=True)
+    def rule(call: _Call, structure: Any, operands: Any, tangents: Any) -> Any:
+        varying = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero))
+        return pushforward(call, structure, varying, operands, tuple(tangents[i] for i in varying))
+
+    return compiled
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logpdf_of_arrays(call: _Call, value: Any, *values: Any) -> Any:
-    with free_promotion():
-        return _logpdf(call.build(values), value)
+@_compiled
+def _compiled_sample(call: _Call, structure: Any, key: PRNGKey, *leaves: Any) -> Any:
+    return _sample(call.build(jax.tree.unflatten(structure, leaves)), key)
+
+
+@_compiled
+def _compiled_logpdf(call: _Call, structure: Any, value: Any, *leaves: Any) -> Any:
+    return _logpdf(call.build(jax.tree.unflatten(structure, leaves)), value)
 
 
 @functools.lru_cache(maxsize=4096)
-def _template_of_arrays(call: _Call, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:
+def _cached_template(call: _Call, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:
+    """The template for values of this structure, with leaves of these shapes and dtypes."""
     found = []
 
-    def probe(*values: Any) -> None:
+    def probe(*leaves: Any) -> None:
         with free_promotion():
-            found.append(_template_of(call.build(values)))
+            found.append(_template_of(call.build(jax.tree.unflatten(structure, leaves))))
 
     jax.eval_shape(probe, *shapes)
     return found[0]
 
 
+def _may_be_traced(value: Any) -> bool:
+    """Whether nothing in an argument has to be known while tracing: integers in a distribution may be shapes."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return True
+    leaves = jax.tree.leaves(value)
+    return all(isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+
+
 class _AppliedTFP(Applied):
     """A TFP distribution.
 
-    Where its arguments are arrays, what is asked of it is traced once for each combination of their shapes and
-    dtypes, and the distribution object is not built again; where an argument is itself a distribution, a bijector
-    or a kernel, the object is built here.
+    Where its arguments are arrays, or distributions and kernels of arrays, what is asked of it is traced once for each
+    combination of their shapes and dtypes, and the distribution object is not built again; else it is built here.
     """
 
     def __init__(self, label: str, call: _Call, values: Arguments):
         self._label, self._call, self._values = label, call, values
-        self._of_arrays = all(isinstance(value, (jax.Array, np.ndarray)) for value in values)
+        self._compiles = all(map(_may_be_traced, values))
+        self._leaves, self._structure = jax.tree.flatten(values)
 
     @functools.cached_property
     def _distribution(self) -> Any:
@@ -182,12 +220,12 @@ class _AppliedTFP(Applied):
 
     @property
     def template(self) -> jax.ShapeDtypeStruct:
-        if not self._of_arrays:
+        if not self._compiles:
             with free_promotion():
                 return _template_of(self._distribution)
-        shapes = tuple(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in self._values)
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._leaves)
         try:
-            return _template_of_arrays(self._call, shapes)
+            return _cached_template(self._call, self._structure, shapes)
         except (ValueError, TypeError) as error:
             raise self._explained(error) from error
 
@@ -208,17 +246,31 @@ class _AppliedTFP(Applied):
         return self._distribution.reparameterization_type == _tfd().FULLY_REPARAMETERIZED
 
     def sample(self, key: PRNGKey) -> Any:
-        if self._of_arrays:
-            _ = self.template  # says what is wrong with the arguments, if anything is
-            return _sample_of_arrays(self._call, key, *self._values)
+        if self._compiles:
+            leaves = self._leaves
+            if not jnp.issubdtype(self.template.dtype, jnp.floating):
+                leaves = map(lax.stop_gradient, leaves)
+            return _compiled_sample(self._call, self._structure, key, *leaves)
         with free_promotion():
             return _sample(self._distribution, key)
 
     def logpdf(self, value: Any) -> Any:
-        if self._of_arrays:
-            return _logpdf_of_arrays(self._call, value, *self._values)
+        if self._compiles:
+            return _compiled_logpdf(self._call, self._structure, value, *self._of_one_rank())
         with free_promotion():
             return _logpdf(self._distribution, value)
+
+    def _of_one_rank(self) -> list[Any]:
+        """Arguments that broadcast against each other with equally many axes, so that any derivative finds them so."""
+        shape = self.template.shape
+        if all(leaf.ndim in (0, len(shape)) for leaf in self._leaves):
+            return self._leaves
+        try:
+            if jnp.broadcast_shapes(*(leaf.shape for leaf in self._leaves)) != shape:
+                return self._leaves
+        except ValueError:
+            return self._leaves
+        return [lax.expand_dims(x, range(len(shape) - x.ndim)) if x.ndim else x for x in self._leaves]
 
     def bijector(self) -> Any:
         with free_promotion():
@@ -342,12 +394,11 @@ class TFPDistribution(Distribution):
         numbers = {i for i, value in values.items() if is_number(value)}
         arrays = {i for i, value in values.items() if i not in numbers and _is_array(args[i])}
         floats = {i for i in arrays if names[i] not in _AS_GIVEN and values[i].dtype != jnp.bool_}
-        dtype = float_dtype(*(values[i] for i in floats))
-        for i in floats:
-            values[i] = lax.convert_element_type(values[i], dtype)
-        if floats or len(numbers) == len(values):
-            # Beside a distribution or a kernel alone a number takes the dtype of that.
-            values.update({i: np.asarray(values[i], dtype) for i in numbers})
+        # Numbers, and arrays, take the dtype of the distributions and kernels beside them.
+        parts = jax.tree.leaves([values[i] for i in free if i not in arrays | numbers])
+        dtype = float_dtype(*(values[i] for i in floats), *(part for part in parts if isinstance(part, jax.Array)))
+        values.update({i: lax.convert_element_type(values[i], dtype) for i in floats})
+        values.update({i: np.asarray(values[i], dtype) for i in numbers})
         call = _Call(make, self.keywords, tuple(fixed.items()), len(args))
         return _AppliedTFP(self.label, call, tuple(values[i] for i in free))
 

@@ -323,6 +323,13 @@ class GenModule(GenerativeFunction):
         return outcome
 
     @nn.nowrap
+    def variables_of(self, trace: Any) -> Mapping[str, Any]:
+        # A free callee has its address as its name. One with another name is asked for by Flax, and is not found.
+        parts = {path: part.get_gen_fn().variables_of(part) for path, part in trace.by_path.items()}
+        params = {"_".join(path): known["params"] for path, known in parts.items() if known.get("params")}
+        return {"params": params} if params else {}
+
+    @nn.nowrap
     def positional(self, args: Arguments, kwargs: Mapping[str, Any]) -> tuple[Any, Arguments]:
         if not kwargs:
             return self, args

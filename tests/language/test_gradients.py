@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,6 @@ from gjflax import (
     GenModule,
     Map,
     Normal,
-    Selection,
     TrainCombinator,
     choice_map,
     gen,
@@ -39,8 +37,18 @@ def _double_precision() -> Iterator[None]:
 
 
 def by_differences(function: Callable[[Any], Any], at: Any) -> Any:
-    """The gradient of a function of a tree, by central differences."""
-    point, unravel = ravel_pytree(at)
+    """The gradient of a function of a tree, by central differences; integers are held, and come back as they are.
+
+    With all leaves one vector, the function is evaluated at each of its points in one compiled call.
+    """
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(at)]
+    point, to_leaves = ravel_pytree([leaf for leaf, here in zip(jax.tree.leaves(at), is_float, strict=True) if here])
+
+    def unravel(point: Any) -> Any:
+        parts = iter(to_leaves(point))
+        leaves = [next(parts) if here else leaf for leaf, here in zip(jax.tree.leaves(at), is_float, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(at), leaves)
+
     steps = STEP * jnp.eye(point.size)
     values = jax.jit(jax.vmap(lambda shift: function(unravel(point + shift))))(jnp.concatenate([steps, -steps]))
     return unravel((values[: point.size] - values[point.size :]) / (2 * STEP))
@@ -65,17 +73,9 @@ class Network(GenModule):
 
 
 @gen
-def _inner(rate):
+def inner(rate):
     scale = trace("scale", Gamma)(2.0, rate)
     return trace(("out", "v"), Normal)(jnp.sin(rate) * jnp.ones(2), scale)
-
-
-class Nested(GenModule):
-    @nn.compact
-    def __call__(self, x):
-        rate = trace("rate", Exponential)(1.0 + jnp.sum(x["a"] ** 2))
-        first = trace("first", _inner)(rate + x["b"])
-        return trace("many", Map(Network(), in_axes=(0, None)))(jnp.outer(x["a"], first), rate)
 
 
 @gen(TrainCombinator, params={"mu": np.float64(0.4), "net": {"w": np.array([0.5, -1.5])}})
@@ -84,100 +84,92 @@ def learned(x, params):
     return trace("y", Normal)(params["net"]["w"] @ x + h**2, jnp.exp(params["mu"]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model with arguments, and the selections in whose choices it is differentiated."""
+class Everything(GenModule):
+    """A mapped network, a learned function, supports and discrete choices in one model."""
 
-    name: str
-    model: Any
-    args: Callable[[], tuple[Any, ...]]
-    selections: tuple[Selection, ...]
-
-
-X = [0.5, -1.0, 2.0]
-
-CASES = [
-    Case(
-        "network",
-        Network(),
-        lambda: (jnp.array(X), jnp.array(1.5)),
-        (select("z"), ~select("coin")),
-    ),
-    Case(
-        "mapped network",
-        Map(Network(), in_axes=(0, None)),
-        lambda: (jnp.outer(jnp.arange(3.0), jnp.array(X)), jnp.array(1.5)),
-        (select((0, "z"), (2, "z")), ~select("coin")),
-    ),
-    Case(
-        "nested",
-        Nested(),
-        lambda: ({"a": jnp.array([0.3, -0.2]), "b": jnp.array(0.7)},),
-        (select("rate", ("first", "scale"), ("many", "z")), select(("first", "out"))),
-    ),
-    Case("learned", learned, lambda: (jnp.array(X[:2]),), (select("h"), select("h", "y"))),
-]
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    @nn.compact
+    def __call__(self, x):
+        rate = trace("rate", Exponential)(1.0 + jnp.sum(x["a"] ** 2))
+        first = trace("first", inner)(rate + x["b"])
+        many = trace("many", Map(Network(), in_axes=(0, None)))(jnp.outer(x["a"], first), rate)
+        return trace("learned", learned)(many[1])
 
 
-def setting(case: Case) -> tuple[Any, Any, Any, Any]:
-    """Variables, a bound model, its arguments, and a trace."""
-    args = case.args()
+ARGS = ({"a": np.array([0.3, -0.2]), "b": np.array(0.7)},)
+SELECTIONS = (
+    select("rate", ("first", "scale"), ("many", "z"), ("learned", "h")),
+    select(("many", 1, "z")),
+    ~select(("many", "coin")),
+)
+
+
+def network_args() -> tuple[Any, ...]:
+    return jnp.array([0.5, -1.0, 2.0]), jnp.array(1.5)
+
+
+def numbers(like: Any, seed: int) -> Any:
+    """Positive numbers for what is floating point, ones for the rest: inside every support."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return jnp.asarray(0.2 + rng.uniform(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, like)
+
+
+def setting(model: Any, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Parameters, the bound model, and a trace. Values are given: to draw them compiles slowly."""
     key = jax.random.key(3)
+    variables = numbers(jax.eval_shape(lambda: model.init(key, *args)), 1)
+    model = model.bind(variables)
+    choices = numbers(jax.eval_shape(lambda: model.simulate(key, args)[1].strip()), 2)
+    tr = jax.jit(lambda choices: model.importance(key, choices, args)[1][1])(choices)
+    return variables["params"], model, tr
+
+
+def test_gradients_in_choices_arguments_and_parameters():
+    args = jax.tree.map(jnp.asarray, ARGS)
+    params, model, tr = setting(Everything(), args)
+    moved = jax.tree.map(lambda p: p + 0.1, params)
+    key, choices = jax.random.key(0), tr.strip()
+
+    def density(choices, args, params):
+        return Everything().apply({"params": params}, key, choices, args, method="assess")[1][1]
 
     @jax.jit
-    def make(key):
-        variables = case.model.init(key, *args)
-        return variables, case.model.bind(variables).simulate(key, args)[1]
+    def gradients(tr, moved):
+        return (
+            [model.choice_grad(key, tr, selection)[1] for selection in SELECTIONS],
+            model.arg_grad(key, tr, (0,))[1],
+            Everything().param_grad(key, tr, moved)[1],
+            jax.value_and_grad(lambda params: model.score_params(key, tr, params)[1])(moved),
+        )
 
-    variables, tr = make(key)
-    return variables, case.model.bind(variables), args, tr
-
-
-@each_case
-def test_choice_grad(case: Case):
-    variables, model, args, tr = setting(case)
-    for selection in case.selections:
-        _, grads = jax.jit(lambda tr, s=selection: model.choice_grad(jax.random.key(0), tr, s))(tr)
-        selected = tr.strip().filter(selection)
-        assert grads.addresses() == selected.addresses(), "a gradient outside of the selection"
-
-        def score(values):
-            return model.assess(jax.random.key(0), tr.strip().overwrite(values), args)[1][1]
-
-        close(grads, by_differences(score, selected))
+    in_choices, in_args, in_params, (logpdf, by_score) = gradients(tr, moved)
+    want = by_differences(lambda at: density(at[0], at[1], params), (choices, args))
+    for selection, got in zip(SELECTIONS, in_choices, strict=True):
+        assert got.addresses() == choices.filter(selection).addresses(), "a gradient outside of the selection"
+        close(got, want[0].filter(selection))
+    close(in_args, want[1])
+    want = by_differences(lambda params: density(choices, args, params), moved)
+    close(in_params, want)
+    close(by_score, want)
+    np.testing.assert_allclose(logpdf, density(choices, args, moved), rtol=1e-10)
 
 
-@each_case
-def test_arg_grad(case: Case):
-    _, model, args, tr = setting(case)
-    argnums = tuple(range(len(args)))
-    _, grads = jax.jit(lambda tr: model.arg_grad(jax.random.key(0), tr, argnums))(tr)
-    close(grads, by_differences(lambda args: model.assess(jax.random.key(0), tr.strip(), args)[1][1], args))
-    _, first = model.arg_grad(jax.random.key(0), tr)
-    close(first, grads[0])
-
-
-@each_case
-def test_param_grad_and_score_params(case: Case):
-    variables, model, args, tr = setting(case)
-    params = jax.tree.map(lambda p: p + 0.1, variables["params"])
-
-    def score(params):
-        return case.model.apply({"params": params}, jax.random.key(0), tr.strip(), args, method="assess")[1][1]
-
-    want = by_differences(score, params)
-    for subject in (case.model, model):
-        _, logpdf = subject.score_params(jax.random.key(0), tr, params)
-        np.testing.assert_allclose(logpdf, score(params), rtol=1e-10)
-    _, grads = jax.jit(lambda tr, params: case.model.param_grad(jax.random.key(0), tr, params))(tr, params)
-    close(grads, want)
-    close(jax.jit(jax.grad(lambda params: model.score_params(jax.random.key(0), tr, params)[1]))(params), want)
+def test_the_first_argument_is_the_one_by_default():
+    args = network_args()
+    _, model, tr = setting(Network(), args)
+    key = jax.random.key(0)
+    jax.tree.map(np.testing.assert_array_equal, model.arg_grad(key, tr)[1], model.arg_grad(key, tr, 0)[1])
+    _, (in_scale,) = model.arg_grad(key, tr, (-1,))
+    np.testing.assert_allclose(in_scale, np.sum(tr["z"] ** 2) / 1.5**3 - 2 / 1.5, rtol=1e-10)
 
 
 def test_choices_that_are_held_have_no_gradient():
-    _, model, _, tr = setting(CASES[0])
+    _, model, tr = setting(Network(), network_args())
     _, grads = model.choice_grad(jax.random.key(0), tr, select("z"))
     assert grads.addresses() == [("z",)]
     _, score, _ = model.unzip(jax.random.key(0), tr.strip().filter(~select("z")))
@@ -186,34 +178,31 @@ def test_choices_that_are_held_have_no_gradient():
 
 
 def test_unzip_composes_with_every_order_of_differentiation():
-    """Hessians forward over reverse, reverse over forward, and mixed with the arguments; a third derivative."""
-    _, model, args, tr = setting(CASES[0])
+    """Hessians forward over reverse and reverse over forward, mixed with the arguments; a third derivative."""
+    args = network_args()
+    _, model, tr = setting(Network(), args)
     _, score, retval = model.unzip(jax.random.key(0), tr.strip().filter(~select("z")))
 
     def at(z, scale):
         return score({"z": z}, args[0], scale)
 
+    @jax.jit
+    def derivatives(z, scale):
+        shifts = STEP * jnp.eye(z.size)
+        differences = jax.vmap(lambda e: (jax.grad(at)(z + e, scale) - jax.grad(at)(z - e, scale)) / (2 * STEP))(shifts)
+        hessians = jax.jacfwd(jax.grad(at))(z, scale), jax.jacrev(jax.jacfwd(at))(z, scale)
+        mixed = jax.grad(lambda scale: jnp.sum(jax.grad(at)(z, scale)))(scale)
+        third = jax.grad(jax.grad(jax.grad(at, argnums=1), argnums=1), argnums=1)(z, scale)
+        return at(z, scale), differences, hessians, mixed, third
+
     z, scale = tr["z"], args[1]
-    want = jax.vmap(lambda row: row, in_axes=1)(by_differences_of_gradient(at, z, scale))
-    for nested in (
-        jax.jacfwd(jax.grad(at)),
-        jax.jacrev(jax.jacfwd(at)),
-        jax.hessian(at),
-        jax.jit(jax.jacrev(jax.grad(at))),
-    ):
-        np.testing.assert_allclose(nested(z, scale), want, rtol=1e-5, atol=1e-7)
-    mixed = jax.grad(lambda scale: jnp.sum(jax.grad(at)(z, scale)))(scale)
+    value, differences, hessians, mixed, third = derivatives(z, scale)
+    for hessian in hessians:
+        np.testing.assert_allclose(hessian, differences, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(mixed, np.sum(2 * z / scale**3), rtol=1e-8)
-    third = jax.grad(jax.grad(jax.grad(at, argnums=1), argnums=1), argnums=1)(z, scale)
     np.testing.assert_allclose(third, -2 * 2 / scale**3 + 12 * np.sum(z**2) / scale**5, rtol=1e-8)
+    np.testing.assert_allclose(value, tr.get_score(), rtol=1e-10)
     np.testing.assert_array_equal(retval({"z": z}, *args), tr["y"])
-    np.testing.assert_allclose(at(z, scale), tr.get_score(), rtol=1e-10)
-
-
-def by_differences_of_gradient(function: Any, z: Any, scale: Any) -> Any:
-    shifts = STEP * jnp.eye(z.size)
-    grads = jax.jit(jax.vmap(lambda shift: jax.grad(function)(z + shift, scale)))(jnp.concatenate([shifts, -shifts]))
-    return (grads[: z.size] - grads[z.size :]) / (2 * STEP)
 
 
 def test_unzip_splits_a_vector_of_choices():

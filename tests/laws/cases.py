@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import stats
 
 import gjflax
@@ -36,7 +37,7 @@ Address = tuple[str, ...]
 Terms = dict[Address, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A generative function, arguments for it, and its density by hand.
 
@@ -422,3 +423,12 @@ CASES = [
     learned_network,
     calls_learned,
 ]
+
+QUICK = (scalar, chain, vectors, regression, grid, network, mapped_network, learned, mapped_learned)
+"""The cases of the default tests. The others carry the marker `slow`: they combine what these have one by one."""
+
+each_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+)
+"""A law for every case."""

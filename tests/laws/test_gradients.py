@@ -8,16 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from laws.cases import CASES, Case
+from laws.cases import Case, each_case
 
 import gjflax
 from gjflax import choice_map, select
 
 KEYS = jax.random.split(jax.random.key(21), 3)
 STEP = 1e-5
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def central_differences(function: Callable[[Any], float], tree: Any) -> Any:

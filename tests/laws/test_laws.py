@@ -8,16 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from laws.cases import CASES, Case
+from laws.cases import Case, each_case
 
 import gjflax
 from gjflax import Diff, choice_map, select
 
 KEYS = jax.random.split(jax.random.key(20), 6)
 RTOL, ATOL = 2e-5, 2e-4
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def total(terms: dict[Any, np.ndarray], of: Any = None) -> float:
