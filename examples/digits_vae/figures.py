@@ -13,10 +13,13 @@ import models
 import numpy as np
 import queries
 import seaborn as sns
-from jaxtyping import Array, ArrayLike, Float, Num, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, Num, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+Codes = Float[Array, "batch latents"]
+GreyImages = Float[Array, "batch height width"]
 
 SEED = 1
 """Of the prior samples in their figure."""
@@ -74,17 +77,11 @@ def loss_curve(history: list[dict[str, float]]) -> Figure:
 def reconstructions(model: models.Model, params: PyTree, held_out: input_pipeline.Digits) -> Figure:
     """Held-out images, two of every digit, above what the decoder makes of their mean latent codes."""
     chosen = np.stack([np.flatnonzero(held_out.labels == digit)[:2] for digit in range(10)], axis=1)
-
-    @jax.jit
-    def reconstruct(params: PyTree, images: models.Images) -> Float[Array, "batch height width"]:
-        decoder, encoder = queries.bind(model, params)
-        return jax.vmap(lambda image: queries.decode(decoder, queries.encode(encoder, image)))(images)
-
     figure, pairs = plt.subplots(2, 1, figsize=(9, 4.4), layout="constrained")
     figure.suptitle("Held-out digits, two of each, and their reconstructions")
     for axes, indices in zip(pairs, chosen, strict=True):
         originals = held_out.images[indices]
-        both = np.concatenate([originals, reconstruct(params, jnp.asarray(originals))])
+        both = np.concatenate([originals, _decode(model, params, _encode(model, params, jnp.asarray(originals)))])
         _show(axes, both, columns=10)
         tile = models.SIDE + GAP
         axes.set_yticks([models.SIDE / 2, tile + models.SIDE / 2], ["original", "reconstruction"])
@@ -95,13 +92,7 @@ def reconstructions(model: models.Model, params: PyTree, held_out: input_pipelin
 
 def prior_samples(model: models.Model, params: PyTree) -> Figure:
     """Images drawn from the prior, beside the expected grey levels at the same latent codes."""
-
-    @jax.jit
-    def draw(params: PyTree) -> tuple[models.Images, Float[Array, "batch height width"]]:
-        decoder, _ = queries.bind(model, params)
-        return jax.vmap(lambda key: queries.draw(decoder, key))(jax.random.split(jax.random.key(SEED), 100))
-
-    drawn, expected = draw(params)
+    drawn, expected = _draw(model, params, jax.random.split(jax.random.key(SEED), 100))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.9), layout="constrained")
     figure.suptitle("100 samples from the prior")
     _show(left, expected, columns=10)
@@ -113,18 +104,7 @@ def prior_samples(model: models.Model, params: PyTree) -> Figure:
 
 def latent_plane(model: models.Model, params: PyTree, held_out: input_pipeline.Digits) -> Figure:
     """The mean latent codes of held-out images, coloured by digit, beside what the decoder makes of the plane."""
-
-    @jax.jit
-    def encode(params: PyTree, images: models.Images) -> Float[Array, "batch latents"]:
-        _, encoder = queries.bind(model, params)
-        return jax.vmap(functools.partial(queries.encode, encoder))(images)
-
-    @jax.jit
-    def decode(params: PyTree, codes: Float[Array, "batch latents"]) -> Float[Array, "batch height width"]:
-        decoder, _ = queries.bind(model, params)
-        return jax.vmap(functools.partial(queries.decode, decoder))(codes)
-
-    codes = np.asarray(encode(params, jnp.asarray(held_out.images)))
+    codes = np.asarray(_encode(model, params, jnp.asarray(held_out.images)))
     basis, names = _plane(codes)
     coordinates = codes @ basis
     # Tiles of equal size fill the plane as far as there are codes; each shows what stands at its centre.
@@ -132,7 +112,7 @@ def latent_plane(model: models.Model, params: PyTree, held_out: input_pipeline.D
     side = 17
     centres = reach * (2 * np.arange(side, dtype=np.float32) + 1 - side) / side
     grid = np.stack(np.meshgrid(centres, centres[::-1]), axis=-1).reshape(-1, 2)
-    decoded = _montage(decode(params, jnp.asarray(grid @ basis.T)), columns=side)
+    decoded = _montage(_decode(model, params, jnp.asarray(grid @ basis.T)), columns=side)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     palette = sns.color_palette("tab10", 10)
@@ -147,6 +127,21 @@ def latent_plane(model: models.Model, params: PyTree, held_out: input_pipeline.D
     for axes in (left, right):
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     return figure
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _draw(model: models.Model, params: PyTree, keys: Key[Array, " batch"]) -> tuple[models.Images, GreyImages]:
+    return jax.vmap(functools.partial(queries.draw, queries.bind(model, params).decoder))(keys)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: models.Model, params: PyTree, images: models.Images) -> Codes:
+    return jax.vmap(functools.partial(queries.encode, queries.bind(model, params).encoder))(images)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode(model: models.Model, params: PyTree, codes: Codes) -> GreyImages:
+    return jax.vmap(functools.partial(queries.decode, queries.bind(model, params).decoder))(codes)
 
 
 def _plane(codes: Float[np.ndarray, "batch latents"]) -> tuple[Float[np.ndarray, "latents 2"], tuple[str, str]]:

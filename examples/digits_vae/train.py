@@ -80,7 +80,7 @@ def create_train_state(config: ml_collections.ConfigDict, key: Key[Array, ""]) -
 
 
 def placed(state: TrainState) -> TrainState:
-    """The state as arrays on one device, as a restored one is: the two then run the same compiled program."""
+    """The state at step 0, its arrays on one device as a restored state has them: both run one compiled program."""
     return jax.device_put(state.replace(step=jnp.zeros((), jnp.int32)), jax.devices()[0])
 
 
@@ -175,7 +175,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> Train
 
     elbo = evaluate(objective, state.params, held_out_images, eval_key, config.eval_samples)
     evidence = mean_log_evidence(model, state.params, held_out_images, eval_key, config.evidence_samples)
-    print(f"Held-out ELBO {elbo:.2f} nats per image; log p(x) at least {evidence:.2f} by importance sampling.")
+    print(f"Held-out ELBO {elbo:.2f} nats per image; log p(x) by importance sampling {evidence:.2f}.")
     for path in figures.draw_all(directory, model, state.params, held_out, history):
         print(f"Wrote {path}")
     return state

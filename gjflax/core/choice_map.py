@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -271,11 +271,14 @@ class VectorChoiceMap(ChoiceMap):
 
     def filter(self, selection: Selection) -> ChoiceMap:
         if not selection.mentions_indices:
-            return vector(self.indices, self.inner.filter(selection))
+            return vector(self.indices, self._each(lambda inner: inner.filter(selection)))
         indices = self.static_indices
         if indices is None:
             raise ChoiceMapError("A selection by index needs indices that are known while tracing.")
-        filtered = {subselection: self.inner.filter(subselection) for subselection in {selection[i] for i in indices}}
+        filtered = {
+            subselection: self._each(lambda inner, s=subselection: inner.filter(s))
+            for subselection in {selection[index] for index in indices}
+        }
         positions = [p for p, index in enumerate(indices) if not filtered[selection[index]].is_empty()]
         if not positions:
             return EmptyChoiceMap()
@@ -288,10 +291,17 @@ class VectorChoiceMap(ChoiceMap):
         at = np.asarray(positions)
         return VectorChoiceMap(tuple(indices[p] for p in positions), jax.tree.map(lambda leaf: leaf[at], parts[0]))
 
+    def _each(self, function: Callable[..., Any], *others: Any) -> Any:
+        """A function of the inner choices of one element, at all of them."""
+        # Vectors inside have the elements' axis before their own; where there are none it is of no concern.
+        if any(map(_has_vector, (self.inner, *others))):
+            return jax.vmap(function)(self.inner, *others)
+        return function(self.inner, *others)
+
     def to_dict(self) -> Any:
         """The inner dict where all elements are there, else a dict by index."""
         indices = self.static_indices
-        if isinstance(indices, range):
+        if isinstance(indices, range) and _is_full(self.inner):
             return self.inner.to_dict()
         if indices is None:
             raise ChoiceMapError("A vector with traced indices has no dict: its keys are not known.")
@@ -323,6 +333,18 @@ def _check_indices(indices: Any) -> Any:
     if hasattr(indices, "dtype") and jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim == 1:
         return indices
     raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
+
+
+def _has_vector(choices: ChoiceMap) -> bool:
+    """Whether there is a vector in these choices."""
+    return isinstance(choices, VectorChoiceMap) or any(_has_vector(choices.get_submap(name)) for name in choices.names())
+
+
+def _is_full(choices: ChoiceMap) -> bool:
+    """Whether all vectors in these choices have all their elements."""
+    if isinstance(choices, VectorChoiceMap):
+        return isinstance(choices.static_indices, range) and _is_full(choices.inner)
+    return all(_is_full(choices.get_submap(name)) for name in choices.names())
 
 
 def vector(indices: Any, inner: ChoiceMap) -> ChoiceMap:
@@ -447,15 +469,11 @@ def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -
 def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:
     ours, theirs = a.static_indices, b.static_indices
     if ours is not None and theirs is not None and tuple(ours) == tuple(theirs):
-        return vector(a.indices, _combine(a.inner, b.inner, at, overwrite))
+        return vector(a.indices, a._each(lambda x, y: _combine(x, y, at, overwrite), b.inner))
     same_addresses = jax.tree.structure(a.inner) == jax.tree.structure(b.inner)
     if overwrite and isinstance(ours, range):
         # Into a full vector the elements are written in place.
-        if theirs is not None and max(theirs) >= len(ours):
-            raise ChoiceMapError(f"Element {max(theirs)} of {show_address(at)} is given; it has {len(ours)} elements.")
-        where = b.index_array()
-        inner = _scatter(a.inner, b.inner, where)
-        return vector(a.indices, inner)
+        return _scatter(a, b, (), at)
     if ours is not None and theirs is not None and same_addresses and (overwrite or not set(ours) & set(theirs)):
         kept = np.asarray([position for position, index in enumerate(ours) if index not in theirs], np.int32)
         inner = jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], y]), a.inner, b.inner)
@@ -466,13 +484,22 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
     )
 
 
-def _scatter(full: ChoiceMap, part: ChoiceMap, where: Any) -> ChoiceMap:
-    """The full vector's values with the part's written at the given positions."""
+def _scatter(full: ChoiceMap, part: ChoiceMap, where: tuple[Any, ...], at: tuple[Any, ...]) -> ChoiceMap:
+    """The full vector's values with the part's written at the given positions, one array of them for each axis."""
     if isinstance(part, BuiltinChoiceMap) and isinstance(full, BuiltinChoiceMap):
         children = dict(full.children)
         for name, child in part.children.items():
-            children[name] = _scatter(children.get(name, EmptyChoiceMap()), child, where)
+            children[name] = _scatter(children.get(name, EmptyChoiceMap()), child, where, (*at, name))
         return BuiltinChoiceMap(children)
+    if isinstance(full, VectorChoiceMap) and isinstance(full.static_indices, range):
+        if not isinstance(part, VectorChoiceMap):
+            return vector(full.indices, _scatter(full.inner, part, where, at))
+        indices = part.static_indices
+        if indices is not None and max(indices) >= len(full):
+            raise ChoiceMapError(f"Element {max(indices)} of {show_address(at)} is given; it has {len(full)} elements.")
+        return vector(full.indices, _scatter(full.inner, part.inner, (*where, part.index_array()), at))
     if full.is_empty() or jax.tree.structure(full) != jax.tree.structure(part):
-        raise ChoiceMapError("The elements that are written have addresses that the vector does not have.")
-    return jax.tree.map(lambda x, y: jnp.asarray(x).at[where].set(y), full, part)
+        raise ChoiceMapError(
+            f"The elements of {show_address(at)} that are written have addresses that the vector does not have."
+        )
+    return jax.tree.map(lambda x, y: jnp.asarray(x).at[jnp.ix_(*where)].set(y), full, part)

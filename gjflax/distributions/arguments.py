@@ -46,6 +46,8 @@ def as_array(label: str, value: Any) -> Any:
       ArgumentError: if it is neither.
     """
     if isinstance(value, jax.Array) or not is_number(value):
+        if isinstance(value, (str, bytes)):
+            raise ArgumentError(_not_real(label, value, type(value).__name__))
         try:
             array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         except (TypeError, ValueError, OverflowError) as error:

@@ -141,10 +141,18 @@ def _log_complement(probs: Any) -> Any:
     return jnp.log1p(-probs)
 
 
-def _times_log(factor: Any, log: Callable[[Any], Any], argument: Any) -> Any:
-    """factor · log(argument), which is 0 where the factor is, also where the logarithm and its slope are infinite."""
-    there = factor != 0
-    return jnp.where(there, factor * log(jnp.where(there, argument, 0.5)), 0.0)
+def _log_where_counted(factor: Any, log: Callable[[Any], Any], argument: Any) -> Any:
+    """log(argument), or 0 where its factor is 0: there neither it nor its slope counts, though they may be infinite."""
+    there = factor > 0
+    return jnp.where(there, log(jnp.where(there, argument, 0.5)), 0.0)
+
+
+def _excess(count: Any, log_ratio: Any) -> Any:
+    """count · (e − (exp e − 1)), with e the logarithm of what was expected over the count, where that is near 0.
+
+    In it the parts that cancel have done so; it is known to few digits only if e is, and then it is small.
+    """
+    return count * (log_ratio - jnp.expm1(log_ratio))
 
 
 def _binomial_of_logits(value: Any, total_count: Any, logits: Any) -> Any:
@@ -159,13 +167,21 @@ def _binomial(value: Any, total_count: Any, parameter: Any, log_success: Any, lo
     value = value.astype(parameter.dtype)
     inside = (value >= 0) & (value <= total_count)
     successes, failures = jnp.where(inside, value, 0.0), jnp.where(inside, total_count - value, 0.0)
-    terms = _times_log(successes, log_success, parameter) + _times_log(failures, log_failure, parameter)
+    log_p = _log_where_counted(successes, log_success, parameter)
+    log_q = _log_where_counted(failures, log_failure, parameter)
     both = (successes > 0) & (failures > 0)
     v, u = jnp.where(both, successes, 1.0), jnp.where(both, failures, 1.0)
     n = v + u
-    log_ways = -v * jnp.log(v / n) - u * jnp.log(u / n) + 0.5 * jnp.log(n / (2 * math.pi * v * u))
-    log_ways = log_ways + _stirling_error(n) - _stirling_error(v) - _stirling_error(u)
-    return jnp.where(inside, terms + jnp.where(both, log_ways, 0.0), -jnp.inf)
+    e_v, e_u = log_p - jnp.log(v / n), log_q - jnp.log(u / n)
+    # v (exp e_v − 1) + u (exp e_u − 1) is n p − v + n q − u, which is 0.
+    near = both & (jnp.abs(e_v) < 1) & (jnp.abs(e_u) < 1)
+    shape = jnp.where(
+        near, _excess(v, jnp.where(near, e_v, 0.0)) + _excess(u, jnp.where(near, e_u, 0.0)), v * e_v + u * e_u
+    )
+    scale = 0.5 * jnp.log(n / (2 * math.pi * v * u)) + _stirling_error(n) - _stirling_error(v) - _stirling_error(u)
+    # With one outcome only there is one way.
+    score = jnp.where(both, shape + scale, successes * log_p + failures * log_q)
+    return jnp.where(inside, score, -jnp.inf)
 
 
 def _draw_binomial_of_probs(key: Any, like: Any, total_count: Any, probs: Any) -> Any:
@@ -204,7 +220,10 @@ def _poisson(value: Any, rate: Any, log_rate: Any) -> Any:
     """The density; `log_rate` is anything finite where the value is 0."""
     some = value > 0
     v = jnp.where(some, value, 1).astype(rate.dtype)
-    positive = v * (log_rate - jnp.log(v)) + (v - rate) - 0.5 * jnp.log(v) - HALF_LOG_TWO_PI - _stirling_error(v)
+    e = log_rate - jnp.log(v)
+    near = some & (jnp.abs(e) < 1)
+    shape = jnp.where(near, _excess(v, jnp.where(near, e, 0.0)), v * e + (v - rate))
+    positive = shape - 0.5 * jnp.log(v) - HALF_LOG_TWO_PI - _stirling_error(v)
     return jnp.where(some, positive, jnp.where(value == 0, -rate, -jnp.inf))
 
 

@@ -279,8 +279,12 @@ class Distribution(GenerativeFunction):
         try:
             bound = signature.replace(parameters=parameters).bind(*args, **kwargs)
         except TypeError as error:
-            where = site(self.label)
-            raise ArgumentError(f"The distribution of {where} does not take these arguments: {error}.") from error
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            problem = f"it has no argument `{unknown[0]}`" if unknown else str(error)
+            shown = ", ".join(map(str, parameters))
+            raise ArgumentError(
+                f"The distribution of {site(self.label)} does not take these arguments: {problem}. It takes ({shown})."
+            ) from error
         if bound.kwargs:
             raise ArgumentError(
                 f"The distribution of {site(self.label)} has the keyword-only arguments {', '.join(bound.kwargs)}, "

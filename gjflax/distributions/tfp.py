@@ -143,8 +143,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def compiled(call: _Call, structure: Any, *operands: Any) -> Any:
+    def primal(call: _Call, structure: Any, *operands: Any) -> Any:
         with free_promotion():
             return function(call, structure, *operands)
 
@@ -157,12 +156,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         with free_promotion():
             return jax.jvp(of_varying, tuple(operands[i] for i in varying), tangents)
 
-    @functools.partial(compiled.defjvp, symbolic_zeros=True)
+    @functools.partial(primal.defjvp, symbolic_zeros=True)
     def rule(call: _Call, structure: Any, operands: Any, tangents: Any) -> Any:
         varying = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero))
         return pushforward(call, structure, varying, operands, tuple(tangents[i] for i in varying))
 
-    return compiled
+    return jax.jit(primal, static_argnums=(0, 1))
 
 
 @_compiled

@@ -354,3 +354,54 @@ def test_indices_are_structure_where_they_are_known_and_a_leaf_where_traced():
 def test_a_choice_map_is_stripped_already():
     chm = choice_map(NESTED)
     assert chm.strip() is chm
+
+
+# Vectors in vectors --------------------------------------------------------------------------------------------------
+
+
+def rows() -> Any:
+    """Two elements, each with a row of three: directly, and below a name."""
+
+    def one(start):
+        row = VectorChoiceMap(range(3), {"x": start + jnp.arange(3.0), "w": -(start + jnp.arange(3.0))})
+        return choice_map({"row": row})
+
+    return VectorChoiceMap(range(2), jax.vmap(one)(jnp.array([0.0, 10.0])))
+
+
+def test_elements_of_elements():
+    chm = rows()
+    assert chm[1, "row", 2, "x"] == 12.0 and chm[1]["row", 0, "w"] == -10.0
+    np.testing.assert_array_equal(chm["row", "x"], [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
+    np.testing.assert_array_equal(chm[1, "row", "x"], [10.0, 11.0, 12.0])
+    assert plain(chm) == {"row": {"x": chm["row", "x"].tolist(), "w": chm["row", "w"].tolist()}}
+
+
+def test_filter_by_the_index_of_an_inner_vector():
+    part = rows().filter(select(("row", 2, "x")))
+    assert plain(part) == {0: {"row": {2: {"x": 2.0}}}, 1: {"row": {2: {"x": 12.0}}}}
+    assert choice_map(part.to_dict())[1, "row", 2, "x"] == 12.0
+    part = rows().filter(select((1, "row", 2, "x"), (1, "row", 0, "x")))
+    assert plain(part) == {1: {"row": {0: {"x": 10.0}, 2: {"x": 12.0}}}}
+    part = rows().filter(~select((1, "row", 2), (0, "row", 2), (0, "row", "w"), (1, "row", "w")))
+    assert plain(part) == {i: {"row": {j: {"x": 10.0 * i + j} for j in (0, 1)}} for i in (0, 1)}
+
+
+def test_elements_of_elements_are_written_and_merged():
+    low, high = choice_map({(1, "row", 2, "x"): 5.0}), choice_map({(1, "row", 0, "x"): 7.0})
+    assert plain(low.merge(high)) == {1: {"row": {2: {"x": 5.0}, 0: {"x": 7.0}}}}
+    assert plain(low.overwrite({(1, "row", 2, "x"): 6.0})) == {1: {"row": {2: {"x": 6.0}}}}
+    with pytest.raises(gjflax.ChoiceMapError, match='"x"'):
+        low.merge(low)
+    for written in (rows().overwrite(low.merge(high)), rows().overwrite(low).overwrite(high)):
+        np.testing.assert_array_equal(written["row", "x"], [[0.0, 1.0, 2.0], [7.0, 11.0, 5.0]])
+        np.testing.assert_array_equal(written["row", "w"], rows()["row", "w"])
+        assert jax.tree.structure(written) == jax.tree.structure(rows())
+    whole = rows().overwrite({"row": {"x": jnp.zeros((2, 3))}})
+    np.testing.assert_array_equal(whole["row", "x"], np.zeros((2, 3)))
+    one = rows().overwrite({1: {"row": {"x": jnp.ones(3)}}})
+    np.testing.assert_array_equal(one["row", "x"], [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    with pytest.raises(gjflax.ChoiceMapError, match="Element 3 of"):
+        rows().overwrite({(1, "row", 3, "x"): 5.0})
+    with pytest.raises(gjflax.ChoiceMapError, match="does not have"):
+        rows().overwrite({(1, "row", 0, "z"): 5.0})

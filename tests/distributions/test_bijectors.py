@@ -1,4 +1,4 @@
-"""`constrain` and `unconstrain` of one choice: round trips, and log determinants against Jacobians by differentiation."""
+"""`constrain` and `unconstrain` of one choice: round trips, and log determinants against differentiated Jacobians."""
 
 from __future__ import annotations
 
