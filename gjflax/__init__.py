@@ -14,6 +14,7 @@ from gjflax.core.diff import Diff as Diff
 from gjflax.core.errors import *  # noqa: F403
 from gjflax.core.generative_function import GenerativeFunction as GenerativeFunction
 from gjflax.core.keys import slash as slash
+from gjflax.core.masked import Masked as Masked
 from gjflax.core.printing import pretty as pretty
 from gjflax.core.pytree import Pytree as Pytree
 from gjflax.core.pytree import static_field as static_field

@@ -11,7 +11,7 @@ Constraints may be given for all elements (arrays with that axis) or for some (`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gjflax.combinators.elements import (
+    assess_element,
+    by_selection,
+    check_selection,
+    constrain_element,
+    given_elements,
+    importance_of_element,
+    regenerate_element,
+    simulate_element,
+    split_key,
+    sum_elements,
+    update_element,
+    with_options,
+    write_elements,
+)
 from gjflax.core.choice_map import (
     ChoiceMap,
     EmptyChoiceMap,
@@ -28,13 +43,14 @@ from gjflax.core.choice_map import (
 )
 from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, unknown_change
-from gjflax.core.errors import ArgumentError, ChoiceMapError, ChoiceShapeError, SelectionError, show_address
+from gjflax.core.errors import ArgumentError, ChoiceMapError, SelectionError, show_address
+from gjflax.core.frozen import hashable, thawed
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifting import share_inner_scope, vmap_module
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
-from gjflax.core.typing import Arguments, PRNGKey, PRNGKeys, Score
+from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -56,17 +72,17 @@ class MapTrace(Trace):
         return self.inner.get_retval()
 
     def get_score(self) -> Score:
-        return _sum_elements(self.inner.get_score())
+        return sum_elements(self.inner.get_score())
 
     def project(self, selection: Selection) -> Score:
         if not selection.mentions_indices:
-            return _sum_elements(self.inner.project(selection))
+            return sum_elements(self.inner.project(selection))
         parts = [
             self.inner.project(subselection)[..., positions]
-            for subselection, positions in self._by_selection(selection)
+            for subselection, positions in by_selection(selection, self.length)
             if not subselection.is_empty and jnp.ndim(self.inner.project(subselection))
         ]
-        return total([_sum_elements(part) for part in parts])
+        return total([sum_elements(part) for part in parts])
 
     def strip(self) -> ChoiceMap:
         return vector(range(self.length), self.inner.strip())
@@ -81,22 +97,10 @@ class MapTrace(Trace):
                 f"{show_address(current_address())} names elements {sorted(selection.indices)}."
             )
         choices, log_det = jax.vmap(lambda inner: inner.unconstrain(selection))(self.inner)
-        return vector(range(self.length), choices), _sum_elements(log_det)
+        return vector(range(self.length), choices), sum_elements(log_det)
 
     def get_subtree(self, address: Any) -> Any:
         return self.strip().get_subtree(address)
-
-    def _by_selection(self, selection: Selection) -> list[tuple[Selection, np.ndarray]]:
-        """The elements grouped by what is selected in them."""
-        groups: dict[Selection, list[int]] = {}
-        for index in range(self.length):
-            groups.setdefault(selection[index], []).append(index)
-        return [(subselection, np.asarray(positions)) for subselection, positions in groups.items()]
-
-
-def _sum_elements(scores: Any) -> Any:
-    """The sum over the map's own axis, the last one: what stands before it are axes of a batch of traces."""
-    return jnp.sum(scores, axis=-1) if jnp.ndim(scores) else scores
 
 
 class Map(GenerativeFunction):
@@ -141,7 +145,7 @@ class Map(GenerativeFunction):
             raise ArgumentError(f"`repeats` is a positive integer; got {repeats!r}.")
         # Lists and dicts do not hash, and a module that does not hash cannot be a static part of a trace.
         for name in ("in_axes", "variable_axes", "split_rngs"):
-            object.__setattr__(self, name, _hashable(getattr(self, name)))
+            object.__setattr__(self, name, hashable(getattr(self, name)))
         super().__post_init__()
 
     def setup(self) -> None:
@@ -151,42 +155,42 @@ class Map(GenerativeFunction):
 
     def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, MapTrace]:
         length = self._length(args)
-        key, keys = _split(key, length)
-        inner = self._lifted(_simulate, length, (0, self._axes(args)))(self.inner, keys, args)
+        key, keys = split_key(key, length)
+        inner = self._lifted(simulate_element, length, (0, self._axes(args)))(self.inner, keys, args)
         return key, self._trace(args, inner, length)
 
     def importance(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
     ) -> tuple[PRNGKey, tuple[Score, MapTrace]]:
         length = self._length(args)
-        key, keys = _split(key, length)
-        given, indices = self._elements(choices, length)
-        function = _with_options(_importance, strict)
+        key, keys = split_key(key, length)
+        given, indices = given_elements(choices, length)
+        function = with_options(importance_of_element, strict)
         if indices is None:
             axes = (0, 0, self._axes(args))
             weights, inner = self._lifted(function, length, axes)(self.inner, keys, given, args)
-            return key, (_sum_elements(weights), self._trace(args, inner, length))
+            return key, (sum_elements(weights), self._trace(args, inner, length))
         # All elements are drawn from the prior; those that are given something are run again under it.
-        inner = self._lifted(_simulate, length, (0, self._axes(args)))(self.inner, keys, args)
-        key, keys = _split(key, indices.shape[0])
+        inner = self._lifted(simulate_element, length, (0, self._axes(args)))(self.inner, keys, args)
+        key, keys = split_key(key, indices.shape[0])
         some = self._lifted(function, indices.shape[0], (0, 0, self._axes(args)))
         weights, constrained = some(self.inner, keys, given, self._take(args, indices))
-        return key, (_sum_elements(weights), self._trace(args, _write(inner, constrained, indices), length))
+        return key, (sum_elements(weights), self._trace(args, write_elements(inner, constrained, indices), length))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
     ) -> tuple[PRNGKey, tuple[Any, Score]]:
         length = self._length(args)
-        given, indices = self._elements(choices, length)
+        given, indices = given_elements(choices, length)
         if indices is not None:
             raise ChoiceMapError(
                 f"`assess` needs the choices of all {length} elements of {show_address(current_address())}; the "
                 f"choice map gives {indices.shape[0]}, by index."
             )
-        function = _with_options(_assess, strict)
+        function = with_options(assess_element, strict)
         keys = jax.random.split(key, length)
         retval, scores = self._lifted(function, length, (0, 0, self._axes(args)))(self.inner, keys, given, args)
-        return key, (plain(retval), _sum_elements(scores))
+        return key, (plain(retval), sum_elements(scores))
 
     def update(
         self,
@@ -200,25 +204,25 @@ class Map(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace, ChoiceMap]]:
         args = Diff.primal(argdiffs)
         length = self._same_length(args, trace)
-        key, keys = _split(key, length)
-        given, indices = self._elements(choices, length)
+        key, keys = split_key(key, length)
+        given, indices = given_elements(choices, length)
         axes = (0, 0, 0, self._axes(args))
-        function = _with_options(_update, strict, param_diff)
+        function = with_options(update_element, strict, param_diff)
         if indices is None:
             weights, inner, discard = self._lifted(function, length, axes)(self.inner, keys, trace.inner, given, args)
             discard = vector(range(length), discard)
         else:
-            everywhere = self._lifted(_with_options(_update, True, param_diff), length, axes)
+            everywhere = self._lifted(with_options(update_element, True, param_diff), length, axes)
             weights, inner, _ = everywhere(self.inner, keys, trace.inner, EmptyChoiceMap(), args)
-            key, keys = _split(key, indices.shape[0])
+            key, keys = split_key(key, indices.shape[0])
             old = jax.tree.map(lambda leaf: leaf[indices], trace.inner)
             some = self._lifted(function, indices.shape[0], axes)
             changed = some(self.inner, keys, old, given, self._take(args, indices))
             weights = jnp.broadcast_to(weights, (length,)).at[indices].set(changed[0])
-            inner = _write(inner, changed[1], indices)
+            inner = write_elements(inner, changed[1], indices)
             discard = vector(choices.indices if isinstance(choices, VectorChoiceMap) else indices, changed[2])
         new = self._trace(args, inner, length)
-        return key, (unknown_change(new.get_retval()), _sum_elements(weights), new, discard)
+        return key, (unknown_change(new.get_retval()), sum_elements(weights), new, discard)
 
     def regenerate(
         self,
@@ -231,36 +235,38 @@ class Map(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace]]:
         args = Diff.primal(argdiffs)
         length = self._same_length(args, trace)
-        self._check_indices(selection, length)
-        groups = trace._by_selection(selection) if selection.mentions_indices else [(selection, np.arange(length))]
+        check_selection(selection, length)
+        groups = by_selection(selection, length) if selection.mentions_indices else [(selection, np.arange(length))]
         inner, weights = trace.inner, jnp.zeros((length,))
         for subselection, positions in groups:
-            key, keys = _split(key, len(positions))
-            function = _with_options(_regenerate(subselection), True, param_diff)
+            key, keys = split_key(key, len(positions))
+            function = with_options(regenerate_element(subselection), True, param_diff)
             old = jax.tree.map(lambda leaf, at=positions: leaf[at], trace.inner)
             taken = args if len(groups) == 1 else self._take(args, positions)
             lifted = self._lifted(function, len(positions), (0, 0, self._axes(args)))
             part_weights, part = lifted(self.inner, keys, old, taken)
             weights = part_weights if len(groups) == 1 else weights.at[positions].set(part_weights)
-            inner = part if len(groups) == 1 else _write(inner, part, positions)
+            inner = part if len(groups) == 1 else write_elements(inner, part, positions)
         new = self._trace(args, inner, length)
-        return key, (unknown_change(new.get_retval()), _sum_elements(weights), new)
+        return key, (unknown_change(new.get_retval()), sum_elements(weights), new)
 
     def constrain(
         self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
     ) -> tuple[ChoiceMap, Score]:
         length = self._length(args)
-        given, indices = self._elements(unconstrained, length)
-        held, held_indices = self._elements(choice_map(fixed), length)
+        given, indices = given_elements(unconstrained, length)
+        held, held_indices = given_elements(choice_map(fixed), length)
         if indices is not None or held_indices is not None:
             raise ChoiceMapError("`constrain` maps the choices of all elements of a `Map`; they were given by index.")
-        choices, log_det = self._lifted(_constrain, length, (0, 0, self._axes(args)))(self.inner, given, held, args)
-        return vector(range(length), choices), _sum_elements(log_det)
+        choices, log_det = self._lifted(constrain_element, length, (0, 0, self._axes(args)))(
+            self.inner, given, held, args
+        )
+        return vector(range(length), choices), sum_elements(log_det)
 
     @nn.nowrap
     def variables_of(self, trace: Any) -> Mapping[str, Any]:
         of_elements = self.inner.variables_of(trace.inner) if trace.length else {}
-        axes = _thawed(self.variable_axes) or {}
+        axes = thawed(self.variable_axes) or {}
         shared = [name for name in of_elements if axes.get(name) is None]
         first = {name: jax.tree.map(lambda leaf: leaf[0], of_elements[name]) for name in shared}
         return {**of_elements, **first}
@@ -274,7 +280,7 @@ class Map(GenerativeFunction):
     @nn.nowrap
     def _axes(self, args: Arguments) -> tuple[Any, ...]:
         """The mapped axis of each argument."""
-        axes = _thawed(self.in_axes)
+        axes = thawed(self.in_axes)
         if axes is None:
             axes = 0 if self.repeats is None else None
         if axes is None or isinstance(axes, int):
@@ -335,97 +341,12 @@ class Map(GenerativeFunction):
         return tuple(take(axis, argument) for axis, argument in zip(self._axes(args), args, strict=True))
 
     @nn.nowrap
-    def _elements(self, choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
-        """The inner choices, with the elements on the leading axis; and the indices, None for all in order."""
-        if choices.is_empty():
-            return EmptyChoiceMap(), None
-        if isinstance(choices, VectorChoiceMap):
-            if choices.covers(length):
-                return choices.inner, None
-            indices = choices.static_indices
-            if indices is not None and sorted(indices) == list(range(length)):
-                order = np.argsort(indices)
-                return jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], choices.inner), None
-            if indices is not None and max(indices) >= length:
-                raise ChoiceMapError(
-                    f"The choice map gives element {max(indices)} of {show_address(current_address())}, which has "
-                    f"{length} elements (0 to {length - 1})."
-                )
-            return choices.inner, jnp.asarray(choices.index_array())
-        for address in choices.addresses():
-            for leaf in jax.tree.leaves(choices.get_subtree(address).get_value()):
-                if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
-                    raise ChoiceShapeError(
-                        f"The value given for {show_address((*current_address(), *address))} has shape "
-                        f"{jnp.shape(leaf)}; below this Map every value has a leading axis of {length}, one entry for "
-                        "each element."
-                    )
-        return jax.tree.map(jnp.asarray, choices), None
-
-    @nn.nowrap
-    def _check_indices(self, selection: Selection, length: int) -> None:
-        if selection.indices and max(selection.indices) >= length:
-            raise SelectionError(
-                f"The selection names element {max(selection.indices)} of the Map at {show_address(current_address())}, "
-                f"which has {length} elements (0 to {length - 1})."
-            )
-
-    @nn.nowrap
     def _lifted(self, function: Callable[..., Any], length: int, in_axes: tuple[Any, ...]) -> Callable[..., Any]:
         if not self.inner.needs_variables:
             return lambda inner, *args: jax.vmap(
                 lambda *element: function(inner, *element), in_axes=in_axes, axis_size=length
             )(*args)
-        return vmap_module(function, in_axes, length, _thawed(self.variable_axes), _thawed(self.split_rngs))
-
-
-def _split(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKeys]:
-    key, below = jax.random.split(key)
-    return key, jax.random.split(below, count)
-
-
-def _write(full: Trace, part: Trace, indices: Any) -> Trace:
-    return jax.tree.map(lambda leaf, new: leaf.at[indices].set(new), full, part)
-
-
-def _simulate(inner: Any, key: Any, args: Any) -> Any:
-    return inner.simulate(key, args)[1]
-
-
-def _importance(inner: Any, key: Any, choices: Any, args: Any, **options: Any) -> Any:
-    return inner.importance(key, choices, args, **options)[1]
-
-
-def _assess(inner: Any, key: Any, choices: Any, args: Any, **options: Any) -> Any:
-    _, (retval, score) = inner.assess(key, choices, args, **options)
-    return canonical(retval), score
-
-
-def _update(inner: Any, key: Any, trace: Any, choices: Any, args: Any, **options: Any) -> Any:
-    argdiffs = Diff.mark(args, unknown_change)
-    _, (_, weight, trace, discard) = inner.update(key, trace, choices, argdiffs, **options)
-    return weight, trace, discard
-
-
-def _regenerate(selection: Selection) -> Callable[..., Any]:
-    def regenerate(inner: Any, key: Any, trace: Any, args: Any, **options: Any) -> Any:
-        argdiffs = Diff.mark(args, unknown_change)
-        _, (_, weight, trace) = inner.regenerate(key, trace, selection, argdiffs, **options)
-        return weight, trace
-
-    return regenerate
-
-
-def _constrain(inner: Any, unconstrained: Any, fixed: Any, args: Any) -> Any:
-    return inner.constrain(unconstrained, args, fixed=fixed)
-
-
-def _with_options(function: Callable[..., Any], strict: bool, param_diff: Any = unknown_change) -> Callable[..., Any]:
-    """The function with the options that differ from what every generative function assumes."""
-    options = {} if strict else {"strict": False}
-    if param_diff is not unknown_change:
-        options["param_diff"] = param_diff
-    return lambda *args: function(*args, **options)
+        return vmap_module(function, in_axes, length, thawed(self.variable_axes), thawed(self.split_rngs))
 
 
 _NOT_MAPPED = object()
@@ -452,34 +373,3 @@ def _mapped_leaves(axis: Any, argument: Any, position: int) -> list[tuple[str, A
     return [
         (f"{position}{jax.tree_util.keystr(path)}", leaf, one) for (path, leaf), one in pairs if one is not _NOT_MAPPED
     ]
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class _Frozen:
-    """A dict or list as a hashable value."""
-
-    kind: type
-    items: tuple[Hashable, ...]
-
-    def __repr__(self) -> str:
-        return repr(_thawed(self))
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _Frozen(dict, tuple((key, _hashable(child)) for key, child in value.items()))
-    if isinstance(value, list):
-        return _Frozen(list, tuple(_hashable(child) for child in value))
-    if isinstance(value, tuple):
-        return tuple(_hashable(child) for child in value)
-    return value
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, _Frozen) and value.kind is dict:
-        return {key: _thawed(child) for key, child in value.items}  # pyright: ignore[reportGeneralTypeIssues]
-    if isinstance(value, _Frozen):
-        return [_thawed(child) for child in value.items]
-    if isinstance(value, tuple):
-        return tuple(_thawed(child) for child in value)
-    return value

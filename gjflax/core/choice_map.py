@@ -24,6 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gjflax.core.errors import ChoiceMapError, MissingChoiceError, nearest, show_address
+from gjflax.core.masked import Masked, static_flag, where
 from gjflax.core.pytree import Const, Pytree
 from gjflax.core.selection import Selection
 from gjflax.core.typing import Address, Component
@@ -117,8 +118,8 @@ class ChoiceMap(Pytree):
             return NotImplemented
         if jax.tree.structure(self) != jax.tree.structure(other):
             return False
-        pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
-        return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+        leaves, others = (jax.tree.leaves(choices, is_leaf=_is_masked) for choices in (self, other))
+        return all(_same(a, b) for a, b in zip(leaves, others, strict=True))
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -139,7 +140,7 @@ class EmptyChoiceMap(ChoiceMap):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ValueChoiceMap(ChoiceMap):
-    """The value of one choice."""
+    """The value of one choice; a `Masked` one where it may be absent."""
 
     value: Any
 
@@ -337,7 +338,9 @@ def _check_indices(indices: Any) -> Any:
 
 def _has_vector(choices: ChoiceMap) -> bool:
     """Whether there is a vector in these choices."""
-    return isinstance(choices, VectorChoiceMap) or any(_has_vector(choices.get_submap(name)) for name in choices.names())
+    return isinstance(choices, VectorChoiceMap) or any(
+        _has_vector(choices.get_submap(name)) for name in choices.names()
+    )
 
 
 def _is_full(choices: ChoiceMap) -> bool:
@@ -391,11 +394,64 @@ def choice_map(choices: Any = None) -> ChoiceMap:
         return _from_mapping(choices)
     if isinstance(choices, list):
         return ValueChoiceMap(_stacked(choices))
+    if isinstance(choices, Masked):
+        return _masked_value(choices)
     if isinstance(choices, (numbers.Number, np.ndarray, np.generic, jax.Array)):
         return ValueChoiceMap(choices)
     raise ChoiceMapError(
         f"Expected a choice map, a nested dict or a value, got {type(choices).__name__}: {choices!r:.80}"
     )
+
+
+def _masked_value(choice: Masked) -> ChoiceMap:
+    flag = choice.flag
+    if static_flag(flag) is None and getattr(flag, "dtype", None) != jnp.bool_:
+        raise ChoiceMapError(f"The flag of a Masked value is a boolean, or an array of booleans; got {flag!r:.80}.")
+    return masked(ValueChoiceMap(choice.value), flag)
+
+
+def masked(choices: ChoiceMap, flag: Any) -> ChoiceMap:
+    """The choices where a flag is true: each becomes `Masked`. A flag that is known now keeps or drops them.
+
+    >>> masked(choice_map({"x": 1.0}), jnp.array(True))["x"].flag
+    Array(True, dtype=bool)
+    """
+    known = static_flag(flag)
+    if known is not None:
+        return choices if known else EmptyChoiceMap()
+    if isinstance(choices, ValueChoiceMap):
+        value = choices.value
+        if isinstance(value, Masked):
+            return ValueChoiceMap(Masked(value.value, value.flag & flag))
+        return ValueChoiceMap(Masked(value, flag))
+    if isinstance(choices, VectorChoiceMap):
+        every = jnp.broadcast_to(jnp.asarray(flag)[..., None], (*jnp.shape(flag), len(choices)))
+        return vector(choices.indices, masked(choices.inner, every))
+    return by_name({name: masked(choices.get_submap(name), flag) for name in choices.names()})
+
+
+def _is_masked(value: Any) -> bool:
+    return isinstance(value, Masked)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are equal: of masked ones what is there."""
+    if not isinstance(a, Masked):
+        return np.array_equal(np.asarray(a), np.asarray(b))
+    if not np.array_equal(np.asarray(a.flag), np.asarray(b.flag)):
+        return False
+    pairs = zip(jax.tree.leaves(a.unmask(0)), jax.tree.leaves(b.unmask(0)), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """One value over another: where the upper one is absent the lower one stays."""
+    if not isinstance(above, Masked):
+        return above
+    if not isinstance(below, Masked):
+        return jax.tree.map(lambda a, b: where(above.flag, a, b), above.value, below)
+    value = jax.tree.map(lambda a, b: where(above.flag, a, b), above.value, below.value)
+    return Masked(value, above.flag | below.flag)
 
 
 def _stacked(values: list[Any]) -> Any:
@@ -461,6 +517,8 @@ def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -
         return _combine(a, vector(a.indices, b), at, overwrite)
     if isinstance(b, VectorChoiceMap) and isinstance(a, BuiltinChoiceMap) and isinstance(b.static_indices, range):
         return _combine(vector(b.indices, a), b, at, overwrite)
+    if overwrite and isinstance(a, ValueChoiceMap) and isinstance(b, ValueChoiceMap):
+        return ValueChoiceMap(_over(a.value, b.value))
     if overwrite:
         return b
     raise ChoiceMapError(f"Two choice maps both speak of {show_address(at)}. Drop one of them, or use `overwrite`.")
@@ -484,22 +542,35 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
     )
 
 
-def _scatter(full: ChoiceMap, part: ChoiceMap, where: tuple[Any, ...], at: tuple[Any, ...]) -> ChoiceMap:
+def _scatter(full: ChoiceMap, part: ChoiceMap, positions: tuple[Any, ...], at: tuple[Any, ...]) -> ChoiceMap:
     """The full vector's values with the part's written at the given positions, one array of them for each axis."""
     if isinstance(part, BuiltinChoiceMap) and isinstance(full, BuiltinChoiceMap):
         children = dict(full.children)
         for name, child in part.children.items():
-            children[name] = _scatter(children.get(name, EmptyChoiceMap()), child, where, (*at, name))
+            children[name] = _scatter(children.get(name, EmptyChoiceMap()), child, positions, (*at, name))
         return BuiltinChoiceMap(children)
     if isinstance(full, VectorChoiceMap) and isinstance(full.static_indices, range):
         if not isinstance(part, VectorChoiceMap):
-            return vector(full.indices, _scatter(full.inner, part, where, at))
+            return vector(full.indices, _scatter(full.inner, part, positions, at))
         indices = part.static_indices
         if indices is not None and max(indices) >= len(full):
             raise ChoiceMapError(f"Element {max(indices)} of {show_address(at)} is given; it has {len(full)} elements.")
-        return vector(full.indices, _scatter(full.inner, part.inner, (*where, part.index_array()), at))
+        return vector(full.indices, _scatter(full.inner, part.inner, (*positions, part.index_array()), at))
+    if isinstance(full, ValueChoiceMap) and isinstance(part, ValueChoiceMap):
+        return ValueChoiceMap(_write_over(full.value, part.value, jnp.ix_(*positions)))
     if full.is_empty() or jax.tree.structure(full) != jax.tree.structure(part):
         raise ChoiceMapError(
             f"The elements of {show_address(at)} that are written have addresses that the vector does not have."
         )
-    return jax.tree.map(lambda x, y: jnp.asarray(x).at[jnp.ix_(*where)].set(y), full, part)
+    return jax.tree.map(lambda x, y: jnp.asarray(x).at[jnp.ix_(*positions)].set(y), full, part)
+
+
+def _write_over(full: Any, part: Any, at: Any) -> Any:
+    """A value with elements of it written over; where the part is absent, the full value stays."""
+    if not isinstance(full, Masked) and not isinstance(part, Masked):
+        return jax.tree.map(lambda x, y: jnp.asarray(x).at[at].set(y), full, part)
+    old = jax.tree.map(lambda leaf: jnp.asarray(leaf)[at], full)
+    new = _over(old, part)
+    if isinstance(full, Masked) and not isinstance(new, Masked):
+        new = Masked(new, jnp.ones_like(old.flag))
+    return jax.tree.map(lambda x, y: jnp.asarray(x).at[at].set(y), full, new)

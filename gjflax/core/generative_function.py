@@ -48,6 +48,7 @@ from gjflax.core.errors import (
 from gjflax.core.interface import PARAMETERS, interface_method
 from gjflax.core.keys import typed_key
 from gjflax.core.lifting import is_lifted
+from gjflax.core.masked import Masked
 from gjflax.core.printing import rich_tree
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace
@@ -237,10 +238,20 @@ class GenerativeFunction(nn.Module):
         evaluate = self._evaluator(trace, untraced)
         choices, args = trace.strip(), self._arguments_of(trace)
 
-        def score(values: ChoiceMap) -> Score:
-            return evaluate(None, key, choices.overwrite(values), args)[1]
+        leaves, structure = jax.tree.flatten(selected)
+        # What is no float is a flag of a choice that may be absent.
+        floating = [position for position, leaf in enumerate(leaves) if _is_floating(leaf)]
 
-        return key, jax.grad(score)(selected)
+        def with_values(values: list[Any]) -> ChoiceMap:
+            all_leaves = list(leaves)
+            for position, value in zip(floating, values, strict=True):
+                all_leaves[position] = value
+            return jax.tree.unflatten(structure, all_leaves)
+
+        def score(values: list[Any]) -> Score:
+            return evaluate(None, key, choices.overwrite(with_values(values)), args)[1]
+
+        return key, with_values(jax.grad(score)([leaves[position] for position in floating]))
 
     @nn.nowrap
     def arg_grad(
@@ -409,12 +420,16 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, float) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def _present(value: Any) -> Any:
+    return value.value if isinstance(value, Masked) else value
+
+
 def _refuse_discrete(trace: Trace, selected: ChoiceMap, selection: Selection) -> None:
     discrete = [address for address, leaf in trace.leaves() if leaf.is_discrete and address in selection]
     discrete += [
         address
         for address in selected.addresses()
-        for leaf in jax.tree.leaves(selected.get_subtree(address).get_value())
+        for leaf in jax.tree.leaves(_present(selected.get_subtree(address).get_value()))
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and address not in discrete
     ]
     if discrete:

@@ -41,6 +41,7 @@ from gjflax.core.errors import (
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.interface import is_tracer
+from gjflax.core.masked import Masked
 from gjflax.core.pytree import STATIC, Pytree
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, strong
@@ -317,7 +318,12 @@ class Distribution(GenerativeFunction):
         if not self._is_given(choices, strict):
             key, trace = self._draw(key, args, here)
             return key, (jnp.zeros_like(trace.score), trace)
-        value, score = self._score_given(choices.get_value(), here)
+        given = choices.get_value()
+        if isinstance(given, Masked):
+            key, drawn = self._draw(key, args, here)
+            value, score = self._score_masked(given, drawn.value, here)
+            return key, (jnp.where(given.flag, score, 0), self._trace(args, value, score))
+        value, score = self._score_given(given, here)
         return key, (score, self._trace(args, value, score))
 
     @nn.nowrap
@@ -329,7 +335,12 @@ class Distribution(GenerativeFunction):
                 f"`assess` needs a value for every choice, and none was given for "
                 f"{site(self.label)}. Give one, or use `importance`, which draws it."
             )
-        return key, self._score_given(choices.get_value(), self.at(args))
+        given = choices.get_value()
+        if isinstance(given, Masked):
+            value, score = self._score_given(given.value, self.at(args))
+            # Whether the choice is there is not known now; where it is not, there is no density to give.
+            return key, (value, jnp.where(self._flag(given), score, jnp.nan))
+        return key, self._score_given(given, self.at(args))
 
     @nn.nowrap
     def update(
@@ -345,8 +356,14 @@ class Distribution(GenerativeFunction):
         args = Diff.primal(argdiffs)
         old = trace.value
         if self._is_given(choices, strict):
-            value, score = self._score_given(choices.get_value(), self.at(args), like=old)
-            retdiff, discard = unknown_change(value), ValueChoiceMap(old)
+            given = choices.get_value()
+            if isinstance(given, Masked):
+                value, score = self._score_masked(given, old, self.at(args))
+                discard: ChoiceMap = ValueChoiceMap(Masked(old, given.flag))
+            else:
+                value, score = self._score_given(given, self.at(args), like=old)
+                discard = ValueChoiceMap(old)
+            retdiff = unknown_change(value)
         elif Diff.is_unchanged(argdiffs):
             return key, (no_change(old), jnp.zeros_like(trace.score), trace, EmptyChoiceMap())
         else:
@@ -386,11 +403,15 @@ class Distribution(GenerativeFunction):
         if not unconstrained.is_value():
             self._refuse_below(unconstrained)
         template = here.template
+        given = unconstrained.get_value()
         with free_promotion():
             shape = tuple(bijector.inverse_event_shape(template.shape))
-            value = self._fit_unconstrained(unconstrained.get_value(), shape, template)
-            constrained = strong(bijector.forward(value))
-            return ValueChoiceMap(constrained), _log_det(bijector, value)
+            point = given.value if isinstance(given, Masked) else given
+            value = self._fit_unconstrained(point, shape, template)
+            constrained, log_det = strong(bijector.forward(value)), _log_det(bijector, value)
+        if isinstance(given, Masked):
+            return ValueChoiceMap(Masked(constrained, given.flag)), jnp.where(self._flag(given), log_det, 0)
+        return ValueChoiceMap(constrained), log_det
 
     @nn.nowrap
     def require_bijector(self, args: Arguments, here: Applied | None = None) -> Any:
@@ -441,6 +462,25 @@ class Distribution(GenerativeFunction):
         value, whole = self._fit(value, here.template, like)
         score = _sum(here.logpdf(value))
         return value, score if whole is None else jnp.where(whole, score, -jnp.inf)
+
+    @nn.nowrap
+    def _score_masked(self, given: Masked, otherwise: Any, here: Applied) -> tuple[Any, Score]:
+        """The given value where it is there, else the other; and the score of what results."""
+        value, whole = self._fit(given.value, here.template, otherwise)
+        flag = self._flag(given)
+        value = jnp.where(flag, value, otherwise)
+        score = _sum(here.logpdf(value))
+        return value, score if whole is None else jnp.where(whole | ~flag, score, -jnp.inf)
+
+    @nn.nowrap
+    def _flag(self, given: Masked) -> Any:
+        flag = jnp.asarray(given.flag)
+        if flag.shape:
+            raise ChoiceShapeError(
+                f"The flag given for {site(self.label)} has shape {flag.shape}, and the choice is one value, which is "
+                "there or not. Make its elements choices with `Map`, and give a flag for each."
+            )
+        return flag
 
     @nn.nowrap
     def _is_given(self, choices: ChoiceMap, strict: bool) -> bool:
