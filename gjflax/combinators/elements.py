@@ -34,7 +34,7 @@ def split_key(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKeys]:
 
 
 def write_elements(full: Trace, part: Trace, indices: Any) -> Trace:
-    return jax.tree.map(lambda leaf, new: leaf.at[indices].set(new), full, part)
+    return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[indices].set(new), full, part)
 
 
 def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:

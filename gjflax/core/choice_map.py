@@ -407,11 +407,18 @@ def _masked_value(choice: Masked) -> ChoiceMap:
     flag = choice.flag
     if static_flag(flag) is None and getattr(flag, "dtype", None) != jnp.bool_:
         raise ChoiceMapError(f"The flag of a Masked value is a boolean, or an array of booleans; got {flag!r:.80}.")
-    return masked(ValueChoiceMap(choice.value), flag)
+    return masked(choice_map(choice.value), flag)
 
 
 def masked(choices: ChoiceMap, flag: Any) -> ChoiceMap:
     """The choices where a flag is true: each becomes `Masked`. A flag that is known now keeps or drops them.
+
+    Args:
+      choices: the choices, or a batch of them.
+      flag: a boolean, or an array of them with the axes of the batch.
+
+    Raises:
+      ChoiceMapError: if the flag has axes that the values do not have.
 
     >>> masked(choice_map({"x": 1.0}), jnp.array(True))["x"].flag
     Array(True, dtype=bool)
@@ -419,15 +426,53 @@ def masked(choices: ChoiceMap, flag: Any) -> ChoiceMap:
     known = static_flag(flag)
     if known is not None:
         return choices if known else EmptyChoiceMap()
+    return _masked_below(choices, jnp.asarray(flag), ())
+
+
+def _masked_below(choices: ChoiceMap, flag: Any, at: tuple[Any, ...]) -> ChoiceMap:
     if isinstance(choices, ValueChoiceMap):
-        value = choices.value
+        value, shape = choices.value, flag.shape
         if isinstance(value, Masked):
-            return ValueChoiceMap(Masked(value.value, value.flag & flag))
+            value, flag = value.value, _both(value.flag, flag)
+        for leaf in jax.tree.leaves(value):
+            if jnp.shape(leaf)[: len(shape)] != shape:
+                raise ChoiceMapError(
+                    f"The flag given for {show_address(at)} has shape {shape}, and its value {jnp.shape(leaf)}: a flag "
+                    "is one boolean, or has one for each element of a vector of choices."
+                )
         return ValueChoiceMap(Masked(value, flag))
     if isinstance(choices, VectorChoiceMap):
-        every = jnp.broadcast_to(jnp.asarray(flag)[..., None], (*jnp.shape(flag), len(choices)))
-        return vector(choices.indices, masked(choices.inner, every))
-    return by_name({name: masked(choices.get_submap(name), flag) for name in choices.names()})
+        every = jnp.broadcast_to(flag[..., None], (*flag.shape, len(choices)))
+        return vector(choices.indices, _masked_below(choices.inner, every, at))
+    return by_name({name: _masked_below(choices.get_submap(name), flag, (*at, name)) for name in choices.names()})
+
+
+def _both(*flags: Any) -> Any:
+    """Whether both flags are true, of which one may lack the last axes of the other."""
+    axes = max(map(jnp.ndim, flags))
+    one, other = (jnp.reshape(flag, (*jnp.shape(flag), *[1] * (axes - jnp.ndim(flag)))) for flag in flags)
+    return one & other
+
+
+def _flagged_alike(*parts: ChoiceMap, axes: int = 0) -> list[ChoiceMap]:
+    """The choice maps, with a flag for every choice that has one in any of them. `axes` is how many all values have."""
+    flagged = {
+        address
+        for part in parts
+        for address in part.addresses()
+        if isinstance(part.get_subtree(address).get_value(), Masked)
+    }
+
+    def flag(choices: ChoiceMap, at: tuple[Any, ...], axes: int) -> ChoiceMap:
+        if isinstance(choices, VectorChoiceMap):
+            return vector(choices.indices, flag(choices.inner, at, axes + 1))
+        if not isinstance(choices, ValueChoiceMap):
+            return by_name({name: flag(choices.get_submap(name), (*at, name), axes) for name in choices.names()})
+        if at not in flagged or isinstance(choices.value, Masked):
+            return choices
+        return ValueChoiceMap(Masked(choices.value, jnp.ones(jnp.shape(choices.value)[:axes], bool)))
+
+    return [flag(part, (), axes) if flagged else part for part in parts]
 
 
 def _is_masked(value: Any) -> bool:
@@ -444,14 +489,19 @@ def _same(a: Any, b: Any) -> bool:
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
-def _over(below: Any, above: Any) -> Any:
+def _over(below: Any, above: Any, at: tuple[Any, ...]) -> Any:
     """One value over another: where the upper one is absent the lower one stays."""
     if not isinstance(above, Masked):
         return above
-    if not isinstance(below, Masked):
-        return jax.tree.map(lambda a, b: where(above.flag, a, b), above.value, below)
-    value = jax.tree.map(lambda a, b: where(above.flag, a, b), above.value, below.value)
-    return Masked(value, above.flag | below.flag)
+    stays = below.value if isinstance(below, Masked) else below
+    shapes, stays_shapes = (jax.tree.map(jnp.shape, value) for value in (above.value, stays))
+    if shapes != stays_shapes:
+        raise ChoiceMapError(
+            f"The value for {show_address(at)} may be absent and has shape {shapes}; the one that would then stay has "
+            f"shape {stays_shapes}."
+        )
+    value = jax.tree.map(lambda a, b: where(above.flag, a, b), above.value, stays)
+    return Masked(value, above.flag | below.flag) if isinstance(below, Masked) else value
 
 
 def _stacked(values: list[Any]) -> Any:
@@ -493,12 +543,12 @@ def _below(component: Component, choices: ChoiceMap) -> ChoiceMap:
 
 
 def _stack(elements: dict[int, ChoiceMap]) -> ChoiceMap:
-    structures = {jax.tree.structure(element) for element in elements.values()}
-    if len(structures) > 1:
+    parts = _flagged_alike(*elements.values())
+    if len({jax.tree.structure(part) for part in parts}) > 1:
         raise ChoiceMapError(
             f"The elements {sorted(elements)} of a vector have choices at different addresses; give each the same."
         )
-    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *elements.values())
+    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *parts)
     return VectorChoiceMap(tuple(elements), inner)
 
 
@@ -518,7 +568,7 @@ def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -
     if isinstance(b, VectorChoiceMap) and isinstance(a, BuiltinChoiceMap) and isinstance(b.static_indices, range):
         return _combine(vector(b.indices, a), b, at, overwrite)
     if overwrite and isinstance(a, ValueChoiceMap) and isinstance(b, ValueChoiceMap):
-        return ValueChoiceMap(_over(a.value, b.value))
+        return ValueChoiceMap(_over(a.value, b.value, at))
     if overwrite:
         return b
     raise ChoiceMapError(f"Two choice maps both speak of {show_address(at)}. Drop one of them, or use `overwrite`.")
@@ -528,13 +578,25 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
     ours, theirs = a.static_indices, b.static_indices
     if ours is not None and theirs is not None and tuple(ours) == tuple(theirs):
         return vector(a.indices, a._each(lambda x, y: _combine(x, y, at, overwrite), b.inner))
-    same_addresses = jax.tree.structure(a.inner) == jax.tree.structure(b.inner)
     if overwrite and isinstance(ours, range):
         # Into a full vector the elements are written in place.
         return _scatter(a, b, (), at)
+    below, above = _flagged_alike(a.inner, b.inner, axes=1)
+    same_addresses = jax.tree.structure(below) == jax.tree.structure(above)
     if ours is not None and theirs is not None and same_addresses and (overwrite or not set(ours) & set(theirs)):
         kept = np.asarray([position for position, index in enumerate(ours) if index not in theirs], np.int32)
-        inner = jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], y]), a.inner, b.inner)
+        shared = np.asarray([index in ours for index in theirs])
+        under = np.asarray([ours.index(index) if index in ours else 0 for index in theirs], np.int32)
+
+        def join(x: Any, y: Any) -> Any:
+            if isinstance(y, Masked):
+                # Where one of theirs is absent, ours of that index stays.
+                x_here = jax.tree.map(lambda leaf: jnp.asarray(leaf)[under], x)
+                y = _over(Masked(x_here.value, _both(x_here.flag, shared)), y, at)
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], y]), x, y)
+
+        inner = jax.tree.map(join, below, above, is_leaf=_is_masked)
         return VectorChoiceMap((*(ours[position] for position in kept), *theirs), inner)
     raise ChoiceMapError(
         f"Two vectors of choices at {show_address(at)} share elements, have different addresses, "
@@ -557,20 +619,32 @@ def _scatter(full: ChoiceMap, part: ChoiceMap, positions: tuple[Any, ...], at: t
             raise ChoiceMapError(f"Element {max(indices)} of {show_address(at)} is given; it has {len(full)} elements.")
         return vector(full.indices, _scatter(full.inner, part.inner, (*positions, part.index_array()), at))
     if isinstance(full, ValueChoiceMap) and isinstance(part, ValueChoiceMap):
-        return ValueChoiceMap(_write_over(full.value, part.value, jnp.ix_(*positions)))
+        return ValueChoiceMap(_write_over(full.value, part.value, jnp.ix_(*positions), at))
     if full.is_empty() or jax.tree.structure(full) != jax.tree.structure(part):
         raise ChoiceMapError(
             f"The elements of {show_address(at)} that are written have addresses that the vector does not have."
         )
-    return jax.tree.map(lambda x, y: jnp.asarray(x).at[jnp.ix_(*positions)].set(y), full, part)
+    return jax.tree.map(lambda x, y: _written(x, jnp.ix_(*positions), y, at), full, part)
 
 
-def _write_over(full: Any, part: Any, at: Any) -> Any:
+def _write_over(full: Any, part: Any, positions: Any, at: tuple[Any, ...]) -> Any:
     """A value with elements of it written over; where the part is absent, the full value stays."""
-    if not isinstance(full, Masked) and not isinstance(part, Masked):
-        return jax.tree.map(lambda x, y: jnp.asarray(x).at[at].set(y), full, part)
-    old = jax.tree.map(lambda leaf: jnp.asarray(leaf)[at], full)
-    new = _over(old, part)
-    if isinstance(full, Masked) and not isinstance(new, Masked):
-        new = Masked(new, jnp.ones_like(old.flag))
-    return jax.tree.map(lambda x, y: jnp.asarray(x).at[at].set(y), full, new)
+    if isinstance(full, Masked) or isinstance(part, Masked):
+        old = jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], full)
+        part = _over(old, part, at)
+        if isinstance(full, Masked) and not isinstance(part, Masked):
+            part = Masked(part, jnp.ones_like(old.flag))
+    return jax.tree.map(lambda x, y: _written(x, positions, y, at), full, part)
+
+
+def _written(full: Any, positions: Any, part: Any, at: tuple[Any, ...]) -> Any:
+    """An array with a part of it written over, in the dtype that holds both."""
+    full, part = jnp.asarray(full), jnp.asarray(part)
+    shape = (*np.broadcast_shapes(*map(jnp.shape, positions)), *full.shape[len(positions) :])
+    if part.shape != shape:
+        raise ChoiceMapError(
+            f"The elements of {show_address(at)} that are written have shape {part.shape}; those of the vector have {shape}."
+        )
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(full, part)
+        return full.astype(dtype).at[positions].set(part.astype(dtype))

@@ -32,20 +32,23 @@ class Masked(Pytree):
     flag: Any
 
     def unmask(self, default: Any) -> Any:
-        """The value where it is there, elsewhere the default (a number for all leaves, or a tree like the value)."""
+        """The value where it is there, elsewhere the default (a number for all leaves, or a tree like the value).
+
+        The result has the dtype that holds both: ``unmask(jnp.nan)`` of an integer is a float.
+        """
         is_one = jax.tree_util.treedef_is_leaf(jax.tree.structure(default))
         defaults = jax.tree.map(lambda _: default, self.value) if is_one else default
         return jax.tree.map(lambda value, other: where(self.flag, value, other), self.value, defaults)
 
 
 def where(flag: Any, then: Any, otherwise: Any) -> Any:
-    """``jnp.where`` of arrays of which the flag has the leading axes only, in the dtype of the first."""
+    """``jnp.where`` of arrays of which the flag has the leading axes only, in the dtype that holds both."""
     then = jnp.asarray(then)
     flag = jnp.asarray(flag)
     flag = flag.reshape(flag.shape + (1,) * (then.ndim - flag.ndim))
-    if not jnp.issubdtype(then.dtype, jax.dtypes.prng_key):
-        otherwise = jnp.broadcast_to(jnp.asarray(otherwise, then.dtype), then.shape)
-    return jnp.where(flag, then, otherwise)
+    # Strict promotion, where a user asks for it, would refuse an integer beside a float; either's dtype would cut the other.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.where(flag, then, otherwise)
 
 
 def static_flag(flag: Any) -> bool | None:
