@@ -60,8 +60,8 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
             if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
                 raise ChoiceShapeError(
                     f"The value given for {show_address((*current_address(), *address))} has shape "
-                    f"{jnp.shape(leaf)}; below this Map every value has a leading axis of {length}, one entry for "
-                    "each element."
+                    f"{jnp.shape(leaf)}; here every value has a leading axis of {length}, one entry for each element "
+                    "or step. Give some of them by index, with a `VectorChoiceMap`."
                 )
     return jax.tree.map(jnp.asarray, choices), None
 
@@ -80,8 +80,8 @@ def _flag_each(choices: ChoiceMap, length: int) -> ChoiceMap:
 def check_selection(selection: Selection, length: int) -> None:
     if selection.indices and max(selection.indices) >= length:
         raise SelectionError(
-            f"The selection names element {max(selection.indices)} of the Map at {show_address(current_address())}, "
-            f"which has {length} elements (0 to {length - 1})."
+            f"The selection names element {max(selection.indices)} of {show_address(current_address())}, which has "
+            f"{length} elements (0 to {length - 1})."
         )
 
 

@@ -173,7 +173,7 @@ class Map(GenerativeFunction):
         # All elements are drawn from the prior; those that are given something are run again under it.
         inner = self._lifted(simulate_element, length, (0, self._axes(args)))(self.inner, keys, args)
         key, keys = split_key(key, indices.shape[0])
-        some = self._lifted(function, indices.shape[0], (0, 0, self._axes(args)))
+        some = self._lifted(function, indices.shape[0], (0, 0, self._axes(args)), indices)
         weights, constrained = some(self.inner, keys, given, self._take(args, indices))
         return key, (sum_elements(weights), self._trace(args, write_elements(inner, constrained, indices), length))
 
@@ -216,7 +216,7 @@ class Map(GenerativeFunction):
             weights, inner, _ = everywhere(self.inner, keys, trace.inner, EmptyChoiceMap(), args)
             key, keys = split_key(key, indices.shape[0])
             old = jax.tree.map(lambda leaf: leaf[indices], trace.inner)
-            some = self._lifted(function, indices.shape[0], axes)
+            some = self._lifted(function, indices.shape[0], axes, indices)
             changed = some(self.inner, keys, old, given, self._take(args, indices))
             weights = jnp.broadcast_to(weights, (length,)).at[indices].set(changed[0])
             inner = write_elements(inner, changed[1], indices)
@@ -242,8 +242,9 @@ class Map(GenerativeFunction):
             key, keys = split_key(key, len(positions))
             function = with_options(regenerate_element(subselection), True, param_diff)
             old = jax.tree.map(lambda leaf, at=positions: leaf[at], trace.inner)
-            taken = args if len(groups) == 1 else self._take(args, positions)
-            lifted = self._lifted(function, len(positions), (0, 0, self._axes(args)))
+            some = None if len(groups) == 1 else positions
+            taken = args if some is None else self._take(args, some)
+            lifted = self._lifted(function, len(positions), (0, 0, self._axes(args)), some)
             part_weights, part = lifted(self.inner, keys, old, taken)
             weights = part_weights if len(groups) == 1 else weights.at[positions].set(part_weights)
             inner = part if len(groups) == 1 else write_elements(inner, part, positions)
@@ -341,12 +342,29 @@ class Map(GenerativeFunction):
         return tuple(take(axis, argument) for axis, argument in zip(self._axes(args), args, strict=True))
 
     @nn.nowrap
-    def _lifted(self, function: Callable[..., Any], length: int, in_axes: tuple[Any, ...]) -> Callable[..., Any]:
+    def _lifted(
+        self, function: Callable[..., Any], length: int, in_axes: tuple[Any, ...], indices: Any = None
+    ) -> Callable[..., Any]:
+        """The function of one element over so many: over all, or over those at the indices."""
         if not self.inner.needs_variables:
             return lambda inner, *args: jax.vmap(
                 lambda *element: function(inner, *element), in_axes=in_axes, axis_size=length
             )(*args)
-        return vmap_module(function, in_axes, length, thawed(self.variable_axes), thawed(self.split_rngs))
+        lifted = vmap_module(function, in_axes, length, thawed(self.variable_axes), thawed(self.split_rngs))
+        if indices is not None:
+            for name, axis in (thawed(self.variable_axes) or {}).items():
+                lifted = lifted if axis is None else _with_part_of(lifted, name, axis, indices)
+        return lifted
+
+
+def _with_part_of(lifted: Callable[..., Any], collection: str, axis: int, indices: Any) -> Callable[..., Any]:
+    """The function of a module, which sees a collection's variables of some elements only."""
+
+    def take(variables: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=axis), variables)
+
+    map_variables: Any = nn.map_variables
+    return map_variables(lifted, collection, trans_in_fn=take)
 
 
 _NOT_MAPPED = object()

@@ -96,17 +96,22 @@ RUNS_BODY = ("simulate", "importance", "assess", "update", "regenerate", "propos
 """The methods that run a generative function's body, so need its variables."""
 
 
-def interface_method(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The method with its arguments brought into form, entered unbound where it was called so."""
+def interface_method(function: Callable[..., Any], like: str | None = None) -> Callable[..., Any]:
+    """The method with its arguments brought into form, entered unbound where it was called so.
+
+    Args:
+      function: the method.
+      like: the method of the interface whose arguments it takes, by default the one of its name.
+    """
     name = getattr(function, "__name__", "")
     if hasattr(function, "compact"):
         raise TypeError(
             f"`{name}` is a method of the generative function interface, which may be called unbound, so it cannot be "
             "@nn.compact. Make its submodules in `setup`, or in a compact method that it calls."
         )
-    parameters = PARAMETERS[name]
+    parameters = PARAMETERS[like or name]
     has_key = parameters[0] == "key"
-    runs_body = name in RUNS_BODY
+    runs_body = (like or name) in RUNS_BODY
     declared = zip(parameters, list(inspect.signature(function).parameters.values())[1:], strict=False)
     defaults = {name: parameter.default for name, parameter in declared if parameter.default is not parameter.empty}
 
