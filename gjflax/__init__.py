@@ -1,5 +1,7 @@
 """gjflax: generative functions as Flax linen modules."""
 
+from gjflax.combinators.flax_module import FlaxModule as FlaxModule
+from gjflax.combinators.flax_module import FlaxModuleTrace as FlaxModuleTrace
 from gjflax.combinators.map import Map as Map
 from gjflax.combinators.map import MapTrace as MapTrace
 from gjflax.combinators.train import TrainCombinator as TrainCombinator
