@@ -6,20 +6,26 @@ all elements (arrays with that axis, or a vector of choices that covers them) or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, VectorChoiceMap
 from gjflax.core.context import current_address
-from gjflax.core.diff import Diff, unknown_change
+from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import ChoiceMapError, ChoiceShapeError, SelectionError, show_address
+from gjflax.core.in_place import take_elements, within, write_elements
 from gjflax.core.masked import Masked
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical
+from gjflax.core.trace import Trace, canonical, leafwise, plain
 from gjflax.core.typing import PRNGKey, PRNGKeys
 
 
@@ -31,10 +37,6 @@ def sum_elements(scores: Any) -> Any:
 def split_key(key: PRNGKey, count: int) -> tuple[PRNGKey, PRNGKeys]:
     key, below = jax.random.split(key)
     return key, jax.random.split(below, count)
-
-
-def write_elements(full: Trace, part: Trace, indices: Any) -> Trace:
-    return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[indices].set(new), full, part)
 
 
 def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
@@ -131,3 +133,146 @@ def with_options(function: Callable[..., Any], strict: bool, param_diff: Any = u
     if param_diff is not unknown_change:
         options["param_diff"] = param_diff
     return lambda *args: function(*args, **options)
+
+
+def same_indices(one: Any, other: Any) -> bool:
+    """Whether two arrays of indices are certainly the same."""
+    if one is other:
+        return True
+    if isinstance(one, Tracer) or isinstance(other, Tracer):
+        return False
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def out_of_range(indices: Any, length: int) -> Any:
+    """0, or NaN where an index that is known only when running is none of an element: a weight that cannot be missed."""
+    return jnp.where(jnp.all(within(indices, length)), 0.0, jnp.nan)
+
+
+def masked_elements(given: ChoiceMap, indices: Any, length: int) -> ChoiceMap:
+    """Choices of some elements as masked choices of all."""
+    if given.is_empty():
+        return given
+    return jax.tree.map(
+        lambda value: _spread(value, indices, length), given, is_leaf=lambda value: isinstance(value, Masked)
+    )
+
+
+def _spread(value: Any, indices: Any, length: int) -> Masked:
+    here = value if isinstance(value, Masked) else Masked(value, jnp.ones(indices.shape, bool))
+
+    def everywhere(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        zeros = jnp.zeros((length, *leaf.shape[1:]), leaf.dtype)
+        return zeros.at[jnp.where(indices < 0, length, indices)].set(leaf, mode="drop")
+
+    return Masked(jax.tree.map(everywhere, here.value), everywhere(here.flag))
+
+
+def is_keyed(tree: Any) -> bool:
+    """Whether there are random keys among the arrays."""
+    return any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What one run of an element, as it was traced, says of all: which leaves it touched, and whether it drew."""
+
+    touched: tuple[bool, ...]
+    unchanged_retval: bool
+    drew: bool
+
+    def only_touched(self, part: Any) -> Any:
+        """The elements' traces, with None for the leaves that were not touched."""
+        leaves = jax.tree.leaves(part)
+        return [leaf if touched else None for leaf, touched in zip(leaves, self.touched, strict=True)]
+
+
+class _Notes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[list[Note]] = []
+
+
+_notes = _Notes()
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[list[Note]]:
+    """Collect what `note` says inside: a lifted function can say it in no other way."""
+    _notes.stack.append([])
+    try:
+        yield _notes.stack[-1]
+    finally:
+        _notes.stack.pop()
+
+
+def note(old: Any, new: Any, retdiff: Any, drew: bool) -> None:
+    """Say how an element's new trace came from its old one."""
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    touched = tuple(one is not other for one, other in pairs)
+    _notes.stack[-1].append(Note(touched, Diff.is_unchanged(retdiff), drew))
+
+
+class Elements:
+    """The traces of all elements while some of them are run again, and what was written."""
+
+    def __init__(self, inner: Trace, length: int):
+        self.old = self.inner = inner
+        self.length = length
+        self.weights: list[Any] = []
+        self._writes: list[tuple[Any, list[Any], list[Any]]] | None = []
+        self._unchanged_retval = True
+
+    def replace(self, weights: Any, inner: Trace, note: Note) -> None:
+        """All elements were run."""
+        self.weights.append(weights)
+        self.inner = inner
+        self._writes = None
+        self._unchanged_retval = self._unchanged_retval and note.unchanged_retval
+
+    def write(self, weights: Any, part: list[Any], old: list[Any], indices: Any, note: Note) -> None:
+        """Some elements were run: their traces' leaves, None where they stay, and what stood there."""
+        self.weights.append(weights)
+        self.inner = self._written(self.inner, part, old, indices)
+        if self._writes is not None:
+            self._writes.append((indices, part, old))
+        self._unchanged_retval = self._unchanged_retval and note.unchanged_retval
+
+    def _written(self, inner: Trace, part: list[Any], old: list[Any], indices: Any) -> Trace:
+        leaves, structure = jax.tree.flatten(inner)
+        each = zip(leaves, part, old, strict=True)
+        return structure.unflatten(
+            [leaf if new is None else write_elements(leaf, new, indices, was) for leaf, new, was in each]
+        )
+
+    def retdiff(self) -> Any:
+        """The return value with what is known of its change."""
+        value = plain(self.inner.get_retval())
+        if self._unchanged_retval:
+            return no_change(value)
+        if self._writes is None or len(self._writes) > 1:
+            return unknown_change(value)
+        indices, part, old = self._writes[0]
+        structure = jax.tree.structure(self.inner)
+        elements = [was if new is None else new for new, was in zip(part, old, strict=True)]
+        return Diff.of_elements(value, indices, plain(structure.unflatten(elements).get_retval()))
+
+    def chosen(self, accepted: Any, new: Trace) -> Trace:
+        """The new traces where accepted, else the old ones; where elements were written only these are touched."""
+        if self._writes is None:
+            return leafwise(accepted, new, self.old)
+        inner = self.old
+        for position, (indices, part, old) in enumerate(self._writes):
+            if position:
+                # What stands there depends on whether the writes before were accepted.
+                old = jax.tree.leaves(take_elements(inner, indices))
+            kept = [
+                None if new is None else lax.select(_beside(accepted, new), new, was)
+                for new, was in zip(part, old, strict=True)
+            ]
+            inner = self._written(inner, kept, old, indices)
+        return inner
+
+
+def _beside(accepted: Any, value: Any) -> Any:
+    return jnp.broadcast_to(accepted, value.shape)

@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
 from gjflax.combinators.elements import (
     assess_element,
@@ -26,14 +26,15 @@ from gjflax.combinators.elements import (
     constrain_element,
     given_elements,
     importance_of_element,
-    regenerate_element,
+    masked_elements,
+    out_of_range,
+    same_indices,
     simulate_element,
     split_key,
     sum_elements,
-    update_element,
     with_options,
-    write_elements,
 )
+from gjflax.combinators.map_change import ElementsChange
 from gjflax.core.choice_map import (
     ChoiceMap,
     EmptyChoiceMap,
@@ -46,10 +47,11 @@ from gjflax.core.diff import Diff, unknown_change
 from gjflax.core.errors import ArgumentError, ChoiceMapError, SelectionError, show_address
 from gjflax.core.frozen import hashable, thawed
 from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.in_place import chosen_leaves, remember, take_elements
 from gjflax.core.lifting import share_inner_scope, vmap_module
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.trace import Trace, canonical, leafwise, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
@@ -101,6 +103,13 @@ class MapTrace(Trace):
 
     def get_subtree(self, address: Any) -> Any:
         return self.strip().get_subtree(address)
+
+    def chosen(self, accepted: Any, old: Any) -> Trace:
+        written = getattr(self, "written", None)
+        if written is None or written["old"] is not old:
+            return leafwise(accepted, self, old)
+        args = chosen_leaves(accepted, self.args, old.args, written["args"])
+        return MapTrace(self.gen_fn, args, written["inner"].chosen(accepted, self.inner), self.length)
 
 
 class Map(GenerativeFunction):
@@ -165,17 +174,15 @@ class Map(GenerativeFunction):
         length = self._length(args)
         key, keys = split_key(key, length)
         given, indices = given_elements(choices, length)
+        if indices is not None:
+            # Every element runs under the constraint that it may be given.
+            given = masked_elements(given, indices, length)
         function = with_options(importance_of_element, strict)
-        if indices is None:
-            axes = (0, 0, self._axes(args))
-            weights, inner = self._lifted(function, length, axes)(self.inner, keys, given, args)
-            return key, (sum_elements(weights), self._trace(args, inner, length))
-        # All elements are drawn from the prior; those that are given something are run again under it.
-        inner = self._lifted(simulate_element, length, (0, self._axes(args)))(self.inner, keys, args)
-        key, keys = split_key(key, indices.shape[0])
-        some = self._lifted(function, indices.shape[0], (0, 0, self._axes(args)), indices)
-        weights, constrained = some(self.inner, keys, given, self._take(args, indices))
-        return key, (sum_elements(weights), self._trace(args, write_elements(inner, constrained, indices), length))
+        lifted = self._lifted(function, length, (0, 0, self._axes(args)))
+        weights, inner = lifted(self.inner, keys, given, args)
+        if indices is not None and isinstance(indices, Tracer):
+            weights = weights + out_of_range(indices, length)
+        return key, (sum_elements(weights), self._trace(args, inner, length))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
@@ -203,26 +210,25 @@ class Map(GenerativeFunction):
         strict: bool = True,
     ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace, ChoiceMap]]:
         args = Diff.primal(argdiffs)
-        length = self._same_length(args, trace)
-        key, keys = split_key(key, length)
-        given, indices = given_elements(choices, length)
-        axes = (0, 0, 0, self._axes(args))
-        function = with_options(update_element, strict, param_diff)
+        given, indices = given_elements(choices, self._same_length(args, trace))
+        change = ElementsChange(self, trace, argdiffs, param_diff, key)
+        run = {"param_diff": param_diff, "strict": strict}
         if indices is None:
-            weights, inner, discard = self._lifted(function, length, axes)(self.inner, keys, trace.inner, given, args)
-            discard = vector(range(length), discard)
+            if given.is_empty() and not change.everywhere:
+                if change.moved is not None:
+                    change.update_some(change.moved, EmptyChoiceMap(), **run)
+                discard: ChoiceMap = EmptyChoiceMap()
+            else:
+                discard = vector(range(trace.length), change.update_all(given, **run))
         else:
-            everywhere = self._lifted(with_options(update_element, True, param_diff), length, axes)
-            weights, inner, _ = everywhere(self.inner, keys, trace.inner, EmptyChoiceMap(), args)
-            key, keys = split_key(key, indices.shape[0])
-            old = jax.tree.map(lambda leaf: leaf[indices], trace.inner)
-            some = self._lifted(function, indices.shape[0], axes, indices)
-            changed = some(self.inner, keys, old, given, self._take(args, indices))
-            weights = jnp.broadcast_to(weights, (length,)).at[indices].set(changed[0])
-            inner = write_elements(inner, changed[1], indices)
-            discard = vector(choices.indices if isinstance(choices, VectorChoiceMap) else indices, changed[2])
-        new = self._trace(args, inner, length)
-        return key, (unknown_change(new.get_retval()), sum_elements(weights), new, discard)
+            if change.everywhere:
+                change.update_all(EmptyChoiceMap(), **run)
+            elif change.moved is not None and not same_indices(change.moved, indices):
+                change.update_some(change.moved, EmptyChoiceMap(), **run)
+            which = choices.indices if isinstance(choices, VectorChoiceMap) else indices
+            discard = vector(which, change.update_some(indices, given, **run))
+        retdiff, new = self._changed(change)
+        return change.key, (retdiff, change.weight(), new, discard)
 
     def regenerate(
         self,
@@ -233,23 +239,17 @@ class Map(GenerativeFunction):
         *,
         param_diff: Any = unknown_change,
     ) -> tuple[PRNGKey, tuple[Any, Score, MapTrace]]:
-        args = Diff.primal(argdiffs)
-        length = self._same_length(args, trace)
+        length = self._same_length(Diff.primal(argdiffs), trace)
         check_selection(selection, length)
-        groups = by_selection(selection, length) if selection.mentions_indices else [(selection, np.arange(length))]
-        inner, weights = trace.inner, jnp.zeros((length,))
-        for subselection, positions in groups:
-            key, keys = split_key(key, len(positions))
-            function = with_options(regenerate_element(subselection), True, param_diff)
-            old = jax.tree.map(lambda leaf, at=positions: leaf[at], trace.inner)
-            some = None if len(groups) == 1 else positions
-            taken = args if some is None else self._take(args, some)
-            lifted = self._lifted(function, len(positions), (0, 0, self._axes(args)), some)
-            part_weights, part = lifted(self.inner, keys, old, taken)
-            weights = part_weights if len(groups) == 1 else weights.at[positions].set(part_weights)
-            inner = part if len(groups) == 1 else write_elements(inner, part, positions)
-        new = self._trace(args, inner, length)
-        return key, (unknown_change(new.get_retval()), sum_elements(weights), new)
+        change = ElementsChange(self, trace, argdiffs, param_diff, key)
+        if not selection.mentions_indices:
+            change.regenerate_all(selection, param_diff)
+        else:
+            for subselection, positions in by_selection(selection, length):
+                if not subselection.is_empty or change.everywhere or change.moved is not None:
+                    change.regenerate_some(positions, subselection, param_diff)
+        retdiff, new = self._changed(change)
+        return change.key, (retdiff, change.weight(), new)
 
     def constrain(
         self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
@@ -277,6 +277,13 @@ class Map(GenerativeFunction):
     @nn.nowrap
     def _trace(self, args: Arguments, inner: Trace, length: int) -> MapTrace:
         return MapTrace(self.as_unbound(), canonical(args), inner, length)
+
+    @nn.nowrap
+    def _changed(self, change: ElementsChange) -> tuple[Any, MapTrace]:
+        args, diffs = change.stored_args()
+        new = MapTrace(self.as_unbound(), args, change.elements.inner, change.trace.length)
+        remember(new, change.trace, args=diffs, inner=change.elements)
+        return change.elements.retdiff(), new
 
     @nn.nowrap
     def _axes(self, args: Arguments) -> tuple[Any, ...]:
@@ -330,16 +337,33 @@ class Map(GenerativeFunction):
 
     @nn.nowrap
     def _take(self, args: Arguments, indices: Any) -> Arguments:
-        """The arguments of some elements."""
+        """The arguments of some elements, with the elements on the mapped axis as before."""
+
+        def take_leaf(leaf: Any, axis: int) -> Any:
+            leaf = jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+            return jnp.moveaxis(take_elements(leaf, indices), 0, axis)
 
         def take(axis: Any, argument: Any) -> Any:
             if axis is None:
                 return argument
             if isinstance(axis, int):
-                return jax.tree.map(lambda leaf: jnp.take(jnp.asarray(leaf), indices, axis=axis), argument)
+                return jax.tree.map(lambda leaf: take_leaf(leaf, axis), argument)
             return jax.tree.map(take, axis, argument, is_leaf=lambda node: node is None)
 
         return tuple(take(axis, argument) for axis, argument in zip(self._axes(args), args, strict=True))
+
+    @nn.nowrap
+    def _first(self, args: Arguments, axes: tuple[Any, ...]) -> Arguments:
+        """The arguments of the first element."""
+
+        def first(axis: Any, argument: Any) -> Any:
+            if axis is None:
+                return argument
+            if isinstance(axis, int):
+                return jax.tree.map(lambda leaf: jnp.take(jnp.asarray(leaf), 0, axis=axis), argument)
+            return jax.tree.map(first, axis, argument, is_leaf=lambda node: node is None)
+
+        return tuple(first(axis, argument) for axis, argument in zip(axes, args, strict=True))
 
     @nn.nowrap
     def _lifted(

@@ -58,6 +58,10 @@ class SelectionError(GJFlaxError, ValueError):
     """A selection selects nothing, or its addresses are not those of the trace."""
 
 
+class ParameterPathError(GJFlaxError, KeyError):
+    """A prior names a parameter that the network does not have, or a parameter that is to be a choice has no prior."""
+
+
 class DiscreteGradientError(GJFlaxError, TypeError):
     """A gradient, or a map to R^n, was asked for at a choice that is discrete."""
 
@@ -87,6 +91,10 @@ class UnboundParametersError(GJFlaxError, ValueError):
 
 class ArgumentError(GJFlaxError, TypeError):
     """A key, an argument tuple or an argument of a combinator is not of the form that the interface asks for."""
+
+
+class BranchMismatchError(GJFlaxError, TypeError):
+    """The branches of a `Switch` return different types, or have choices of different types at one address."""
 
 
 class UntracedRandomnessError(GJFlaxError, RuntimeError):

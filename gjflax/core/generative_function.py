@@ -401,9 +401,11 @@ class GenerativeFunction(nn.Module):
                     "on a module bound with that stream."
                 ) from error
             except (flax_errors.ScopeParamNotFoundError, flax_errors.ScopeCollectionNotFound) as error:
-                raise UnboundParametersError(
-                    f"`{type(module).__name__}` reads variables that were not given ({error}): use "
-                    "`model.bind(variables)`, or pass the other collections with `variables=`."
+                raise UnboundParametersError(_lacking(module, params, error)) from error
+            except flax_errors.ApplyScopeInvalidVariablesStructureError as error:
+                raise ArgumentError(
+                    '`params` is the collection itself, such as `state.params` or `variables["params"]`; got a dict with '
+                    'the key "params".'
                 ) from error
             # Mutable collections are read, and what a density evaluation would write to them is dropped.
             output: Any = result if mutable is False else result[0]
@@ -414,6 +416,21 @@ class GenerativeFunction(nn.Module):
 
 for _name in PARAMETERS:
     setattr(GenerativeFunction, _name, interface_method(GenerativeFunction.__dict__[_name]))
+
+
+def _lacking(module: Any, params: Any, error: Exception) -> str:
+    """What to say where Flax did not find a variable."""
+    model, found = type(module).__name__, str(error).split(" (https:")[0]
+    if 'collection "' in found and 'collection "params"' not in found:
+        return (
+            f"`{model}` reads a collection that was not given: pass it with `variables=`, or `bind` the model. {found}"
+        )
+    if params is None:
+        return f"`{model}` has parameters and was called without them: use `model.bind(variables)`. {found}"
+    return (
+        f"`params` lacks a parameter that `{model}` reads. {found} Pass the whole collection, as `init` made it: "
+        '`variables["params"]`.'
+    )
 
 
 def _is_floating(leaf: Any) -> bool:

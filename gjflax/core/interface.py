@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import errors as flax_errors
 from jax.core import Tracer
 
 from gjflax.core.choice_map import choice_map
-from gjflax.core.context import current_address
-from gjflax.core.diff import Change
+from gjflax.core.context import current_address, top_frame
+from gjflax.core.diff import Change, no_change, unknown_change
 from gjflax.core.errors import ArgumentError, UnboundParametersError, show_address
 from gjflax.core.keys import is_typed_key, like_key, typed_key
 from gjflax.core.selection import Selection, select
@@ -96,6 +97,19 @@ RUNS_BODY = ("simulate", "importance", "assess", "update", "regenerate", "propos
 """The methods that run a generative function's body, so need its variables."""
 
 
+TAKES_ONE_TRACE = ("update", "regenerate", "choice_grad", "arg_grad", "param_grad", "score_params")
+"""The methods that take a single trace, not a batch of traces."""
+
+
+CHANGES = ("update", "regenerate")
+"""The methods that change a trace."""
+
+
+def _has_no_variables(scope: Any) -> bool:
+    """Whether there are no variables at all, so that none can have changed."""
+    return not scope.is_mutable_collection("params") and not jax.tree.leaves(dict(scope.root.variables()))
+
+
 def interface_method(function: Callable[..., Any], like: str | None = None) -> Callable[..., Any]:
     """The method with its arguments brought into form, entered unbound where it was called so.
 
@@ -111,7 +125,7 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         )
     parameters = PARAMETERS[like or name]
     has_key = parameters[0] == "key"
-    runs_body = (like or name) in RUNS_BODY
+    runs_body, changes = (like or name) in RUNS_BODY, (like or name) in CHANGES
     declared = zip(parameters, list(inspect.signature(function).parameters.values())[1:], strict=False)
     defaults = {name: parameter.default for name, parameter in declared if parameter.default is not parameter.empty}
 
@@ -123,20 +137,26 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         if missing or len(args) > len(parameters) or not positioned.keys().isdisjoint(kwargs):
             form = f"({', '.join(parameters)})" + (" with one tuple `args`" if "args" in parameters else "")
             raise ArgumentError(
-                f"`{getattr(self, 'label', type(self).__name__)}.{name}` takes {form}; "
-                f"got {len(args)} positional arguments{_listed(kwargs)}."
+                f"`{_called(self)}.{name}` takes {form}; got {len(args)} positional arguments{_listed(kwargs)}."
             )
         values = {key: _FORMS.get(key, _as_is)(key, value) for key, value in given.items()}
         if "trace" in values and not isinstance(values["trace"], self.trace_type):
             made_by = values["trace"].get_gen_fn()
             raise ArgumentError(
-                f"`{getattr(self, 'label', type(self).__name__)}.{name}` at {show_address(current_address())} takes a "
-                f"{self.trace_type.__name__}; got a {type(values['trace']).__name__}, which "
-                f"{getattr(made_by, 'label', type(made_by).__name__)} made. A trace goes to the generative function that "
-                "made it, and a body has callees of one kind at one address."
+                f"`{_called(self)}.{name}` at {show_address(current_address())} takes a {self.trace_type.__name__}; got a "
+                f"{type(values['trace']).__name__}, which {_called(made_by)} made. A trace goes to the generative function "
+                "that made it, and a body has callees of one kind at one address."
+            )
+        if name in TAKES_ONE_TRACE and top_frame() is None and values["trace"].batch_shape:
+            raise ArgumentError(
+                f"`{_called(self)}.{name}` takes one trace; got a batch of traces of shape {values['trace'].batch_shape}. "
+                f"Map it over the batch: `jax.vmap(lambda key, tr: model.{name}(key, tr, ...))(keys, traces)`."
             )
         if has_key:
             values["key"] = typed_key(given["key"])
+        if changes and self.scope is not None and values.get("param_diff", unknown_change) is unknown_change:
+            if _has_no_variables(self.scope):
+                values["param_diff"] = no_change
         positional = [values.pop(parameter) for parameter in parameters]
         if runs_body and self.needs_variables and self.scope is None:
             result = _enter_unbound(self, name, given, positional, values)
@@ -147,6 +167,12 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         return result
 
     return method
+
+
+def _called(module: Any) -> str:
+    """How messages name a generative function: a distribution's label, a function's name, else the class."""
+    source = getattr(module, "source", None)
+    return getattr(module, "label", None) or getattr(source, "__name__", type(module).__name__)
 
 
 def _listed(kwargs: Mapping[str, Any]) -> str:
@@ -161,9 +187,8 @@ def _enter_unbound(
     try:
         return module.apply(variables, *positional, method=name, **values)
     except (flax_errors.ScopeParamNotFoundError, flax_errors.ScopeCollectionNotFound) as error:
-        described = getattr(module, "source", None) or type(module)
         raise UnboundParametersError(
-            f"`{getattr(described, '__name__', described)}` has parameters (or other variables) and was called "
+            f"`{_called(module)}` has parameters (or other variables) and was called "
             f"without them: use `model.bind(variables).{name}(...)` or "
             f'`model.apply(variables, ..., method="{name}")`, with `variables = model.init(key, *args)`.'
         ) from error

@@ -8,7 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core.scope import DenyList
+from flax.core.scope import DenyList, intersect_filters, subtract_filters
+
+from gjflax.core.masked import where
 
 SOWN = ("intermediates", "diagnostics")
 """Collections in which every element or sample leaves values of its own."""
@@ -49,8 +51,8 @@ def _move(module: nn.Module, old: tuple[str, ...], new: Any) -> None:
 
 
 def _modules_in(module: Any, root: Any) -> Iterator[Any]:
-    """A bound module, and those that it holds, of the same variables."""
-    if module.scope is None or module.scope.root is not root:
+    """A bound module, and those that it holds, of the same variables; of any where `root` is None."""
+    if module.scope is None or (root is not None and module.scope.root is not root):
         return
     yield module
     fields = [getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"]
@@ -82,3 +84,68 @@ def vmap_module(
         in_axes=in_axes,
         axis_size=length,
     )
+
+
+def scan_module(
+    function: Callable[..., Any],
+    length: int,
+    reverse: bool = False,
+    variable_axes: Mapping[str, Any] | None = None,
+    split_rngs: Mapping[str, bool] | None = None,
+) -> Callable[..., Any]:
+    """``nn.scan`` of ``function(module, carry, x)``, with defaults for every collection and rng stream.
+
+    Parameters are shared by the steps, and so are collections that may not be written; those that may are carried from
+    step to step. Collections in `SOWN` are stacked, and those that `variable_axes` names have an axis. Streams are
+    split, but "params" only where the parameters have an axis.
+    """
+    own_axes = dict(variable_axes or {})
+    stacked = tuple(name for name in SOWN if name not in own_axes)
+    own_splits = {"params": own_axes.get("params") is not None, **(split_rngs or {})}
+    apart = (*own_axes, *stacked)
+    lift: Any = nn.scan
+
+    def run(module: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
+        initializing = module.is_initializing()
+        # What a carry holds must be there before the first step; `init` makes it once for all steps.
+        carried = False if initializing else intersect_filters(module.scope.mutable, DenyList(("params", *apart)))
+        scan = lift(
+            function,
+            variable_axes={**own_axes, **dict.fromkeys(stacked, 0)},
+            variable_carry=carried,
+            variable_broadcast=subtract_filters(DenyList(apart), carried),
+            split_rngs={**own_splits, DenyList(tuple(own_splits)): True},
+            length=length,
+            reverse=reverse,
+            # A second trace of the function, which only variables that are made here need.
+            check_constancy_invariants=initializing,
+        )
+        return scan(module, carry, xs)
+
+    return run
+
+
+def written_where(module: Any, flag: Any, run: Callable[[], Any]) -> Any:
+    """The result of a run that writes variables of the module only where the flag is true.
+
+    What it sows is stacked with the rest.
+    """
+    if module.scope is None or module.is_initializing():
+        return run()
+    roots = {id(part.scope.root): part.scope.root for part in _modules_in(module, None)}.values()
+    before = [(root, jax.tree.map(lambda leaf: leaf, root.mutable_variables())) for root in roots]
+    result = run()
+    for root, variables in before:
+        for name, collection in root.mutable_variables().items():
+            if name not in SOWN:
+                _choose(collection, variables.get(name, {}), flag)
+    return result
+
+
+def _choose(new: Any, old: Any, flag: Any) -> None:
+    """Put the old leaves of a collection back where the flag is false. In place: scopes below hold parts of it."""
+    for name, value in new.items():
+        if isinstance(value, dict):
+            _choose(value, old.get(name, {}), flag)
+        elif name in old:
+            new[name] = jax.tree.map(lambda a, b: where(flag, a, b), value, old[name])

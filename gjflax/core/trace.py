@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
-from gjflax.core.errors import SelectionError, nearest, show_address
+from gjflax.core.errors import ArgumentError, SelectionError, nearest, show_address
 from gjflax.core.pytree import Const, Pytree
 from gjflax.core.selection import AllSelection, Selection
 from gjflax.core.typing import Address, Arguments, Score
@@ -45,6 +45,11 @@ class Trace(Pytree):
     def project(self, selection: Selection) -> Score:
         """The selected choices' share of the score; 0 where none is selected."""
         raise NotImplementedError
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The axes of a batch of traces, as ``jax.vmap`` gives it; ``()`` of one trace."""
+        return jax.eval_shape(lambda trace: trace.get_score(), self).shape
 
     def strip(self) -> ChoiceMap:
         """The choices alone."""
@@ -91,6 +96,13 @@ class Trace(Pytree):
         """
         return self.strip()[address]
 
+    def chosen(self, accepted: Any, old: Trace) -> Trace:
+        """This trace where `accepted` is true, else the old one that `update` or `regenerate` made it from.
+
+        See `choose`. By default leaf by leaf; a trace of many elements knows which of them were written.
+        """
+        return leafwise(accepted, self, old)
+
     def require_selected(self, selection: Selection) -> ChoiceMap:
         """The selected choices, with an error where there are none.
 
@@ -105,6 +117,49 @@ class Trace(Pytree):
             near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
             raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
         return selected
+
+
+def leafwise(accepted: Any, new: Any, old: Any) -> Any:
+    """`choose` for trees of arrays: leaves that are the same array stay."""
+
+    def choose_leaf(one: Any, other: Any) -> Any:
+        return one if one is other else jnp.where(accepted, one, other)
+
+    return jax.tree.map(choose_leaf, new, old)
+
+
+def choose(accepted: Any, new: Any, old: Any) -> Any:
+    """The new trace where `accepted` is true, else the old one: how a kernel accepts or rejects.
+
+    It equals ``jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)``, which in a loop would copy the whole
+    trace in every step. Called in the same JAX transformation as the ``update`` or ``regenerate`` that made `new` from
+    `old`, it touches only what that touched.
+
+    Args:
+      accepted: a boolean scalar.
+      new: the trace that `update` or `regenerate` returned.
+      old: the trace that was passed to it.
+
+    Returns:
+      A trace of the same structure.
+
+    Raises:
+      ArgumentError: if the traces are not of the same structure.
+
+    >>> import gjflax, jax, jax.numpy as jnp
+    >>> key, old = gjflax.Normal.simulate(jax.random.key(0), (0.0, 1.0))
+    >>> key, (_, weight, new, _) = gjflax.Normal.update(key, old, 5.0, (0.0, 1.0))
+    >>> choose(weight > 0, new, old).get_retval() == old.get_retval()
+    Array(True, dtype=bool)
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ArgumentError(
+            "`choose` takes two traces of one structure, the new one made from the old one by `update` or `regenerate`; "
+            f"got {jax.tree.structure(new)} and {jax.tree.structure(old)}."
+        )
+    if getattr(accepted, "dtype", None) != jnp.bool_ and not isinstance(accepted, bool):
+        raise ArgumentError(f"`accepted` is a boolean scalar; got {accepted!r:.80}.")
+    return new.chosen(accepted, old) if isinstance(new, Trace) else leafwise(accepted, new, old)
 
 
 def strong(value: Any) -> Any:

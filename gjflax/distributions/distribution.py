@@ -97,6 +97,10 @@ class DistributionTrace(Trace):
     def get_score(self) -> Score:
         return self.score
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.score)
+
     def project(self, selection: Selection) -> Score:
         return self.score if selection.includes_root else jnp.zeros(())
 
@@ -215,8 +219,16 @@ class _AppliedSubclass(Applied):
         return self._distribution.bijector(*self._args)
 
 
-class Distribution(GenerativeFunction):
-    """Base class of distributions. Subclass it with `sample` and `logpdf`, or use `distribution`.
+class _OfFunctions(type):
+    """Lets the base class be called with a sampler and a log density: a shorter way to write `distribution`."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        return distribution(*args, **options) if args and cls is Distribution else super().__call__(*args, **options)
+
+
+class Distribution(GenerativeFunction, metaclass=_OfFunctions):
+    """Base class of distributions. Subclass it with `sample` and `logpdf`; ``Distribution(sample, logpdf)`` is that of
+    two functions, as `distribution` makes it.
 
     Attributes:
       is_discrete: whether its values are discrete (integers). They have no gradient.
@@ -507,7 +519,7 @@ class Distribution(GenerativeFunction):
         if value.shape != expected:
             raise ChoiceShapeError(
                 f"The value given for {site(self.label)} has shape {value.shape}; {self.label} draws {expected} at "
-                "these arguments. Give a value of that shape, or map the choice with `Map`."
+                "these arguments. Give a value of that shape, map the choice with `Map`, or a batch of calls with `jax.vmap`."
             )
 
     @nn.nowrap

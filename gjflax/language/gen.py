@@ -16,12 +16,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import errors as flax_errors
 
-from gjflax.core import context
+from gjflax.core import context, in_place
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
-from gjflax.core.diff import Diff, unknown_change
+from gjflax.core.diff import unknown_change
 from gjflax.core.errors import (
     ArgumentError,
     CalleeError,
@@ -37,7 +36,7 @@ from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
-from gjflax.language import handlers
+from gjflax.language import handlers, incremental
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -66,6 +65,10 @@ class BuiltinTrace(Trace):
     def get_score(self) -> Score:
         return total([trace.get_score() for trace in self.choices.values()])
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return next((trace.batch_shape for trace in self.choices.values()), ())
+
     def project(self, selection: Selection) -> Score:
         parts = [(trace, selection[address]) for address, trace in self.by_path.items()]
         return total([trace.project(below) for trace, below in parts if not below.is_empty])
@@ -85,6 +88,16 @@ class BuiltinTrace(Trace):
                 results[address] = trace.unconstrain(selection[address])
         choices = _by_address({address: unconstrained for address, (unconstrained, _) in results.items()})
         return choices, total([log_det for _, log_det in results.values()])
+
+    def chosen(self, accepted: Any, old: Any) -> Trace:
+        parts = {name: trace.chosen(accepted, old.choices[name]) for name, trace in self.choices.items()}
+        args = in_place.chosen_leaves(accepted, self.args, old.args, self._written("args", old))
+        retval = in_place.chosen_leaves(accepted, self.retval, old.retval, self._written("retval", old))
+        return BuiltinTrace(self.gen_fn, args, retval, parts)
+
+    def _written(self, part: str, old: Any) -> Any:
+        written = getattr(self, "written", None)
+        return written[part] if written is not None and written["old"] is old else None
 
     def get_subtree(self, address: Any) -> Any:
         components = address if isinstance(address, tuple) else (address,)
@@ -202,18 +215,6 @@ def _attach(path: handlers.Path, callee: Any) -> Any:
         return callee
 
 
-def run_body(module: Any, handler: handlers.Handler, args: Arguments) -> tuple[Any, Any]:
-    """Run a module's body under a handler: its return value, and the handler's outcome."""
-    if type(module).body_is_lifted:
-        # The transformation lets values through only as arguments and results; so goes the handler.
-        # Outside of jit it gives constants back as NumPy-like arrays, which would be another type to `jax.jit`.
-        return jax.tree.map(jnp.asarray, module(*args, handler))
-    handler.begin()
-    with context.running(module, handler):
-        retval = module(*args)
-        return canonical(retval), handler.outcome()
-
-
 def _as_body(function: Callable[..., Any]) -> Callable[..., Any]:
     """A class's ``__call__`` as a body: run under a handler where one is set for this module, else a forward sample."""
 
@@ -269,19 +270,19 @@ class GenModule(GenerativeFunction):
         super().__init_subclass__(**kwargs)
 
     def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, BuiltinTrace]:
-        retval, (key, traces) = run_body(self, handlers.Simulate(key), args)
+        retval, (key, traces) = handlers.run_body(self, handlers.Simulate(key), args)
         return key, BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
 
     def importance(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
     ) -> tuple[PRNGKey, tuple[Score, BuiltinTrace]]:
-        retval, (key, weight, traces) = run_body(self, handlers.Importance(key, choices, strict), args)
+        retval, (key, weight, traces) = handlers.run_body(self, handlers.Importance(key, choices, strict), args)
         return key, (weight, BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces)))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
     ) -> tuple[PRNGKey, tuple[Any, Score]]:
-        retval, (key, score) = run_body(self, handlers.Assess(key, choices, strict), args)
+        retval, (key, score) = handlers.run_body(self, handlers.Assess(key, choices, strict), args)
         return key, (plain(retval), score)
 
     def update(
@@ -294,11 +295,16 @@ class GenModule(GenerativeFunction):
         param_diff: Any = unknown_change,
         strict: bool = True,
     ) -> tuple[PRNGKey, tuple[Any, Score, BuiltinTrace, ChoiceMap]]:
-        args = Diff.primal(argdiffs)
-        handler = handlers.Update(key, trace.by_path, choices, strict, param_diff)
-        retval, (key, weight, traces, discard) = run_body(self, handler, args)
-        new = BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
-        return key, (unknown_change(plain(retval)), weight, new, discard)
+        parts, retdiff, (key, weight, traces, discard) = incremental.run_incrementally(
+            self,
+            functools.partial(incremental.Update, key, choices=choices, strict=strict),
+            trace,
+            argdiffs,
+            param_diff,
+        )
+        new = BuiltinTrace(self.as_unbound(), parts.args, parts.retval, _by_name(traces))
+        in_place.remember(new, trace, args=parts.argdiffs, retval=parts.retdiffs)
+        return key, (retdiff, weight, new, discard)
 
     def regenerate(
         self,
@@ -309,17 +315,18 @@ class GenModule(GenerativeFunction):
         *,
         param_diff: Any = unknown_change,
     ) -> tuple[PRNGKey, tuple[Any, Score, BuiltinTrace]]:
-        args = Diff.primal(argdiffs)
-        handler = handlers.Regenerate(key, trace.by_path, selection, param_diff)
-        retval, (key, weight, traces) = run_body(self, handler, args)
-        new = BuiltinTrace(self.as_unbound(), canonical(args), retval, _by_name(traces))
-        return key, (unknown_change(plain(retval)), weight, new)
+        parts, retdiff, (key, weight, traces) = incremental.run_incrementally(
+            self, functools.partial(incremental.Regenerate, key, selection=selection), trace, argdiffs, param_diff
+        )
+        new = BuiltinTrace(self.as_unbound(), parts.args, parts.retval, _by_name(traces))
+        in_place.remember(new, trace, args=parts.argdiffs, retval=parts.retdiffs)
+        return key, (retdiff, weight, new)
 
     def constrain(
         self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
     ) -> tuple[ChoiceMap, Score]:
         handler = handlers.Constrain(jax.random.key(0), unconstrained, EmptyChoiceMap() if fixed is None else fixed)
-        _, outcome = run_body(self, handler, args)
+        _, outcome = handlers.run_body(self, handler, args)
         return outcome
 
     @nn.nowrap

@@ -16,14 +16,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
-from gjflax.core.context import current_address, top_frame
-from gjflax.core.diff import Change, Diff, unknown_change
+from gjflax.core.context import current_address, running, top_frame
+from gjflax.core.diff import Change, unknown_change
 from gjflax.core.errors import DuplicateAddressError, UnvisitedConstraintError, nearest, show_address
 from gjflax.core.keys import KeySource
 from gjflax.core.pytree import Pytree, static_field
-from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, total
+from gjflax.core.trace import canonical, total
+from gjflax.core.typing import Arguments
 
 Path = tuple[str, ...]
 
@@ -77,32 +80,45 @@ class Handler(Pytree):
         return self.visited  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, prefix: tuple[Any, ...]) -> None:
+def run_body(module: Any, handler: Handler, args: Arguments) -> tuple[Any, Any]:
+    """Run a module's body under a handler: its return value, and the handler's outcome."""
+    if type(module).body_is_lifted:
+        # The transformation lets values through only as arguments and results; so goes the handler.
+        # Outside of jit it gives constants back as NumPy-like arrays, which would be another type to `jax.jit`.
+        return jax.tree.map(jnp.asarray, module(*args, handler))
+    handler.begin()
+    with running(module, handler):
+        retval = module(*args)
+        return canonical(retval), handler.outcome()
+
+
+def check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, at: tuple[Any, ...]) -> None:
     """An error for constraints that no callee was asked about."""
     if not strict or choices.is_empty():
         return
     if choices.is_value():
         raise UnvisitedConstraintError(
-            f"A value was given for {show_address(prefix)}, which is a generative function with choices of its own, "
+            f"A value was given for {show_address(at)}, which is a generative function with choices of its own, "
             f"not a single choice. {nearest('', visited)}"
         )
     lengths = sorted({len(path) for path in visited})
     for address in choices.addresses():
         if not any(address[:length] in visited for length in lengths):
-            known = [(*prefix, *path) for path in visited]
+            known = [(*at, *path) for path in visited]
             raise UnvisitedConstraintError(
-                f"A value was given for {show_address((*prefix, *address))}, which is not a choice of this generative "
-                f"function. {nearest((*prefix, *address[: max(lengths, default=0)]), known)} To ignore what is not "
+                f"A value was given for {show_address((*at, *address))}, which is not a choice of this generative "
+                f"function. {nearest((*at, *address[: max(lengths, default=0)]), known)} To ignore what is not "
                 "used, pass strict=False."
             )
 
 
-def _options(strict: bool = True, param_diff: Change = unknown_change) -> dict[str, Any]:
+def call_options(strict: bool = True, param_diff: Change = unknown_change) -> dict[str, Any]:
     """The options that differ from what every generative function assumes."""
     return ({} if strict else {"strict": False}) | ({} if param_diff is unknown_change else {"param_diff": param_diff})
 
 
-def _prefix() -> tuple[Any, ...]:
+def prefix() -> tuple[Any, ...]:
+    """The address at which the body stands that is running."""
     frame = top_frame()
     return frame.prefix if frame is not None else ()
 
@@ -135,11 +151,11 @@ class Importance(Handler):
         if below.is_empty():
             _, trace = callee.simulate(key, args)
             return trace.get_retval(), (None, trace)
-        _, (weight, trace) = callee.importance(key, below, args, **_options(self.strict))
+        _, (weight, trace) = callee.importance(key, below, args, **call_options(self.strict))
         return trace.get_retval(), (weight, trace)
 
     def outcome(self) -> Any:
-        _check_visited(self.choices, self._records, self.strict, _prefix())
+        check_visited(self.choices, self._records, self.strict, prefix())
         weight = total([weight for weight, _ in self._records.values() if weight is not None])
         return self._end(), weight, {address: trace for address, (_, trace) in self._records.items()}
 
@@ -154,72 +170,12 @@ class Assess(Handler):
 
     def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
         key = self._key(address) if callee.needs_variables else self.key
-        _, (retval, score) = callee.assess(key, self.choices.get_subtree(address), args, **_options(self.strict))
+        _, (retval, score) = callee.assess(key, self.choices.get_subtree(address), args, **call_options(self.strict))
         return retval, score
 
     def outcome(self) -> Any:
-        _check_visited(self.choices, self._records, self.strict, _prefix())
+        check_visited(self.choices, self._records, self.strict, prefix())
         return self.key, total(list(self._records.values()))
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Update(Handler):
-    """Callees that were there update, new ones run by importance, and the scores of those that are gone go."""
-
-    key: Any
-    traces: dict[Path, Trace]
-    choices: ChoiceMap
-    strict: bool = static_field(default=True)
-    param_diff: Change = static_field(default=unknown_change)
-
-    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        below, key = self.choices.get_subtree(address), self._key(address)
-        if address not in self.traces:
-            _, (weight, trace) = callee.importance(key, below, args, **_options(self.strict))
-            return trace.get_retval(), (weight, trace, EmptyChoiceMap())
-        argdiffs = Diff.mark(args, unknown_change)
-        options = _options(self.strict, self.param_diff)
-        _, (retdiff, weight, trace, discard) = callee.update(key, self.traces[address], below, argdiffs, **options)
-        return Diff.primal(retdiff), (weight, trace, discard)
-
-    def outcome(self) -> Any:
-        _check_visited(self.choices, self._records, self.strict, _prefix())
-        weights = [weight for weight, _, _ in self._records.values()]
-        discard: ChoiceMap = EmptyChoiceMap()
-        for address, (_, _, overwritten) in self._records.items():
-            discard = discard.merge(choice_map({address: overwritten}))
-        for address, trace in self.traces.items():
-            if address not in self._records:
-                weights.append(-trace.get_score())
-                discard = discard.merge(choice_map({address: trace.strip()}))
-        traces = {address: trace for address, (_, trace, _) in self._records.items()}
-        return self._end(), total(weights), traces, discard
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Regenerate(Handler):
-    """Callees that were there regenerate their part of the selection; new ones are drawn, at no weight."""
-
-    key: Any
-    traces: dict[Path, Trace]
-    selection: Selection = static_field()
-    param_diff: Change = static_field(default=unknown_change)
-
-    def call(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        key = self._key(address)
-        if address not in self.traces:
-            _, trace = callee.simulate(key, args)
-            return trace.get_retval(), (None, trace)
-        argdiffs = Diff.mark(args, unknown_change)
-        options = _options(param_diff=self.param_diff)
-        _, (retdiff, weight, trace) = callee.regenerate(
-            key, self.traces[address], self.selection[address], argdiffs, **options
-        )
-        return Diff.primal(retdiff), (weight, trace)
-
-    def outcome(self) -> Any:
-        weight = total([weight for weight, _ in self._records.values() if weight is not None])
-        return self._end(), weight, {address: trace for address, (_, trace) in self._records.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -240,7 +196,7 @@ class Constrain(Handler):
 
     def outcome(self) -> Any:
         for given in (self.unconstrained, self.fixed):
-            _check_visited(given, self._records, True, _prefix())
+            check_visited(given, self._records, True, prefix())
         result: ChoiceMap = EmptyChoiceMap()
         for address, (choices, _) in self._records.items():
             result = result.merge(choice_map({address: choices}))
