@@ -65,6 +65,7 @@ def line(x, slope):
 
 
 lines = Map(line, in_axes=(0, None))
+flips_of_one = Map(flip, repeats=3)
 XS = jnp.arange(3.0)
 
 
@@ -72,6 +73,14 @@ class Network(GenModule):
     @nn.compact
     def __call__(self, x):
         return trace("y", Normal)(nn.Dense(2)(x), 1.0)
+
+
+class Normalised(GenModule):
+    """It reads a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return trace("y", Normal)(nn.BatchNorm(use_running_average=True)(x), 1.0)
 
 
 class Noisy(GenModule):
@@ -168,6 +177,11 @@ def network_trace() -> Any:
     return Network().bind(variables).simulate(KEY, (XS,))[1]
 
 
+def normalised_trace_and_params() -> Any:
+    variables = Normalised().init(KEY, XS[None])
+    return Normalised().bind(variables).simulate(KEY, (XS[None],))[1], variables["params"]
+
+
 def noisy_trace(stream: str) -> Any:
     return Noisy(stream).apply({}, KEY, (XS,), method="simulate", rngs={stream: KEY})[1]
 
@@ -184,6 +198,10 @@ class Row:
 
 def of(model: Any, *args: Any) -> Any:
     return model.simulate(KEY, args)[1]
+
+
+def batch_of(model: Any, *args: Any) -> Any:
+    return jax.vmap(lambda key: model.simulate(key, args)[1])(jax.random.split(KEY, 4))
 
 
 def has(*parts: str) -> str:
@@ -280,7 +298,7 @@ ROWS = [
     Row(
         "a shape that would broadcast",
         errors.ChoiceShapeError,
-        has('"y"', "shape ()", "draws (3,)"),
+        has('"y"', "shape ()", "draws (3,)", "Map", "jax.vmap"),
         lambda key: line.assess(key, {"y": 0.0}, (XS, 1.0)),
     ),
     Row(
@@ -515,11 +533,30 @@ ROWS = [
         has("Network", "bind"),
         lambda key: Network().choice_grad(key, network_trace(), select("y")),
     ),
+    *(
+        Row(
+            f"{method} under {name}",
+            errors.UnboundParametersError,
+            has("`params` lacks", "Network", f'"{lacks}"', 'variables["params"]'),
+            lambda key, m=method, p=params: getattr(Network(), m)(key, network_trace(), p),
+        )
+        for method in ("score_params", "param_grad")
+        for name, params, lacks in (
+            ("no parameters", {}, "kernel"),
+            ("some parameters", {"Dense_0": {"kernel": jnp.zeros((3, 2))}}, "bias"),
+        )
+    ),
     Row(
         "a density without other collections",
         errors.UnboundParametersError,
-        has("Network", "variables="),
-        lambda key: Network().score_params(key, network_trace(), {}),
+        has("Normalised", "variables=", '"batch_stats"'),
+        lambda key: Normalised().score_params(key, *normalised_trace_and_params()),
+    ),
+    Row(
+        "all variables as parameters",
+        errors.ArgumentError,
+        has("`params`", 'variables["params"]', 'the key "params"'),
+        lambda key: Network().score_params(key, network_trace(), Network().init(key, XS)),
     ),
     Row(
         "a distribution that is called, not traced",
@@ -618,6 +655,23 @@ ROWS = [
         errors.ArgumentError,
         has("Map.update", "MapTrace", "BuiltinTrace"),
         lambda key: lines.update(key, of(line, XS, 1.0), {}, (XS, 1.0)),
+    ),
+    *(
+        Row(
+            f"a batch of traces to {name}",
+            errors.ArgumentError,
+            has(f"{title}.{name}`", "one trace", "(4,)", "jax.vmap", name),
+            call,
+        )
+        for title, model, args in (("pair", pair, ()), ("Map", flips_of_one, (0.5,)), ("Normal", Normal, (0.0, 1.0)))
+        for name, call in {
+            "update": lambda key, m=model, a=args: m.update(key, batch_of(m, *a), {}, a),
+            "regenerate": lambda key, m=model, a=args: m.regenerate(key, batch_of(m, *a), AllSelection(), a),
+            "choice_grad": lambda key, m=model, a=args: m.choice_grad(key, batch_of(m, *a), AllSelection()),
+            "arg_grad": lambda key, m=model, a=args: m.arg_grad(key, batch_of(m, *a)),
+            "score_params": lambda key, m=model, a=args: m.score_params(key, batch_of(m, *a), {}),
+            "param_grad": lambda key, m=model, a=args: m.param_grad(key, batch_of(m, *a), {}),
+        }.items()
     ),
     Row(
         "callees of two kinds at one address",

@@ -405,6 +405,17 @@ OWN = pytest.mark.parametrize(
 )
 
 
+def test_the_class_called_with_two_functions_is_the_distribution_of_them() -> None:
+    options = {"name": "two-sided", "reparameterized": True, "bijector": lambda scale: None}
+    short, long = (make(sample_laplace, laplace, **options) for make in (Distribution, distribution))
+    assert short == long and short.label == "two-sided" and short.is_reparameterized
+    _, (_, score) = short.assess(KEY, 1.0, (0.5,))
+    np.testing.assert_allclose(score, stats.laplace.logpdf(1.0, scale=0.5), rtol=1e-6)
+    # Neither the base class nor a subclass with fields of its own is meant.
+    assert type(Distribution()) is Distribution
+    assert type(Laplacian()) is Laplacian
+
+
 @OWN
 def test_a_user_s_family_has_the_whole_interface(own: Any) -> None:
     scale = jnp.array([0.5, 2.0])
