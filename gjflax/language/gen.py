@@ -69,10 +69,6 @@ class BuiltinTrace(Trace):
     def batch_shape(self) -> tuple[int, ...]:
         return next((trace.batch_shape for trace in self.choices.values()), ())
 
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return next((trace.batch_shape for trace in self.choices.values()), ())
-
     def project(self, selection: Selection) -> Score:
         parts = [(trace, selection[address]) for address, trace in self.by_path.items()]
         return total([trace.project(below) for trace, below in parts if not below.is_empty])
