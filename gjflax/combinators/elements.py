@@ -44,18 +44,20 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
     if choices.is_empty():
         return EmptyChoiceMap(), None
     if isinstance(choices, VectorChoiceMap):
+        # What an outer vector flagged has one flag for all that stands below its element.
+        inner = _flag_each(choices.inner, len(choices))
         if choices.covers(length):
-            return choices.inner, None
+            return inner, None
         indices = choices.static_indices
         if indices is not None and sorted(indices) == list(range(length)):
             order = np.argsort(indices)
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], choices.inner), None
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], inner), None
         if indices is not None and max(indices) >= length:
             raise ChoiceMapError(
                 f"The choice map gives element {max(indices)} of {show_address(current_address())}, which has "
                 f"{length} elements (0 to {length - 1})."
             )
-        return choices.inner, jnp.asarray(choices.index_array())
+        return inner, jnp.asarray(choices.index_array())
     choices = _flag_each(choices, length)
     for address in choices.addresses():
         for leaf in jax.tree.leaves(choices.get_subtree(address).get_value()):

@@ -259,6 +259,26 @@ def test_selections_of_an_element_of_an_element():
     close(grads[1, 2, "x"], slope[1, 2])
 
 
+def test_every_element_of_an_element_at_a_traced_index():
+    """The whole inner vector is given, of an outer element whose index is known only when running."""
+    inner = gjflax.VectorChoiceMap(range(4), {"x": jnp.zeros((4,))})
+
+    @jax.jit
+    def run(key, index):
+        row = jax.tree.map(lambda leaf: leaf[None], inner)
+        given = gjflax.core.choice_map.vector(index[None], row)
+        _, (weight, tr) = rows.importance(key, given, GRID)
+        _, (_, gain, new, discard) = rows.update(key, rows.simulate(key, GRID)[1], given, GRID)
+        return weight, tr, gain, new, discard
+
+    weight, tr, gain, new, discard = run(KEY, jnp.array(1))
+    np.testing.assert_array_equal(tr["x"][1], jnp.zeros(4))
+    assert np.all(tr["x"][0] != 0.0)
+    close(weight, terms(tr, GRID)["x"][1].sum())
+    close(gain, total(new, GRID) - total(rows.simulate(KEY, GRID)[1], GRID))
+    assert discard.inner["x"].shape == (1, 4)
+
+
 def test_a_map_of_a_leaf_has_its_choice_at_the_root():
     leaf = Map(Normal, in_axes=(0, None))
     key, old = leaf.simulate(KEY, ARGS)
@@ -364,6 +384,27 @@ def test_elements_may_have_parameters_of_their_own():
     close(tr.get_score(), norm(tr["y"], mean, 1.0).sum())
     _, (_, weight, new, _) = mapped.bind(variables).update(key, tr, {"y": jnp.zeros((3, 2))}, (xs,))
     close(weight, new.get_score() - tr.get_score())
+
+
+def test_an_element_that_runs_alone_has_its_own_parameters():
+    mapped = Map(Network(), in_axes=0, variable_axes={"params": 0})
+    xs = jnp.arange(6.0).reshape(3, 2)
+    variables = mapped.init(KEY, xs)
+    model = mapped.bind(variables)
+    dense = variables["params"]["Dense_0"]
+    means = np.einsum("ni,nij->nj", xs, dense["kernel"]) + dense["bias"]
+    key, tr = model.simulate(KEY, (xs,))
+    for index in (2, jnp.array(2)):
+        given = gjflax.VectorChoiceMap(jnp.asarray([index]), {"y": jnp.ones((1, 2))})
+        _, (_, weight, new, _) = model.update(key, tr, given, (xs,))
+        close(new.get_score(), norm(new["y"], means, 1.0).sum())
+        close(weight, norm(1.0, means[2], 1.0).sum() - norm(tr["y"][2], means[2], 1.0).sum())
+        _, (weight, drawn) = model.importance(key, given, (xs,))
+        close(drawn.get_score(), norm(drawn["y"], means, 1.0).sum())
+        close(weight, norm(1.0, means[2], 1.0).sum())
+    _, (_, weight, new) = model.regenerate(key, tr, select((1, "y")), (xs,))
+    close(new.get_score(), norm(new["y"], means, 1.0).sum())
+    close(weight, 0.0)
 
 
 def test_elements_may_share_initial_parameters_but_not_storage():
