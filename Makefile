@@ -39,10 +39,11 @@ demo: $(VENV)/.ready-examples
 	$(BIN)/python examples/digits_vae/main.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.ready-test
-	$(PYTEST) -n 2 -m 'not slow'
+	$(PYTEST) -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.ready-test
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 --dist worksteal -m 'slow and not timing'
+	$(PYTEST) -m timing
 
 doctest: $(VENV)/.ready-test
 	$(PYTEST) --doctest-modules gjflax

@@ -32,6 +32,19 @@ def no_leaks() -> Callable[[Callable[[], Any]], Any]:
 
 
 @pytest.fixture(autouse=True)
+def _compile_fast(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most of the time of the default tests goes into compiling small programs that run once.
+
+    What runs long is optimised: slow tests, and those with the marker `optimized`.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    optimized = any(request.node.get_closest_marker(name) for name in ("slow", "optimized"))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
 def _empty_stack() -> Iterator[None]:
     """Every test leaves the stack of running bodies as it found it."""
     from gjflax.core.context import top_frame

@@ -13,7 +13,7 @@ import statistics, time
 import jax, jax.numpy as jnp
 import gjflax
 
-SITES = 200
+SITES = 100
 
 def seconds(function, *args):
     # The processor's time, which another program on the machine does not change much.
@@ -45,7 +45,7 @@ def added(distribution, density):
     for function in (ours, by_hand):
         seconds(function, values, x)
     # Pairs, so that a slow moment of the machine counts for both.
-    return statistics.median(seconds(ours, values, x) - seconds(by_hand, values, x) for _ in range(7)) / SITES
+    return statistics.median(seconds(ours, values, x) - seconds(by_hand, values, x) for _ in range(5)) / SITES
 
 print(added(gjflax.Normal, jax.scipy.stats.norm.logpdf), added(gjflax.Gamma, jax.scipy.stats.gamma.logpdf))
 """
@@ -96,6 +96,7 @@ def import_seconds(names: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_importing_costs_at_most_a_fifth_more_than_flax_and_optax() -> None:
     for names in ("gjflax", "flax.linen, optax"):
         import_seconds(names)  # into the cache of the file system

@@ -329,10 +329,11 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 from scipy import stats
 import gjflax
 key = jax.random.key(0)
-for leaf, args, value, want in [
+families = [
     (gjflax.Normal, (0.1, 2.1), 0.3, stats.norm(0.1, 2.1).logpdf(0.3)),
     (gjflax.Gamma, (2.1, 3.3), 0.3, stats.gamma(2.1, scale=1 / 3.3).logpdf(0.3)),
     (gjflax.Gamma, (np.array([2.1, 2.2]), 3.3), np.array([0.3, 0.4]),
@@ -341,33 +342,45 @@ for leaf, args, value, want in [
     (gjflax.Binomial.by_keyword("probs"), (9, 0.3), 2, stats.binom(9, 0.3).logpmf(2)),
     (gjflax.Bernoulli, (0.3,), 1, np.log(1 / (1 + np.exp(-0.3)))),
     (gjflax.Deterministic, (0.3,), 0.3, 0.0),
-]:
-    for run in (lambda f: f, jax.jit):
-        retval, score = run(lambda value, args: leaf.assess(key, value, args)[1])(value, args)
-        assert score.dtype == jnp.float64, (leaf.label, score.dtype)
-        np.testing.assert_allclose(score, want, rtol=2e-8, atol=1e-8)
+]
+for leaf, args, value, want in families:
     whole = leaf.label in ("Poisson", "Binomial", "Bernoulli")
-    _, tr = leaf.simulate(key, args)
-    assert tr.get_retval().dtype == (jnp.int32 if whole else jnp.float64), (leaf.label, tr.get_retval().dtype)
-    if not whole and leaf.label != "Deterministic":
+    mapped = not whole and leaf.label != "Deterministic"
+
+    def run(value, args):
+        _, tr = leaf.simulate(key, args)
+        if not mapped:
+            return leaf.assess(key, value, args)[1], tr, None
         free, log_det = leaf.unconstrain(tr, gjflax.AllSelection())
+        return leaf.assess(key, value, args)[1], tr, (free, log_det, leaf.constrain(free, args)[1])
+
+    (retval, score), tr, there_and_back = jax.jit(run)(value, args)
+    assert score.dtype == jnp.float64, (leaf.label, score.dtype)
+    np.testing.assert_allclose(score, want, rtol=2e-8, atol=1e-8)
+    assert tr.get_retval().dtype == (jnp.int32 if whole else jnp.float64), (leaf.label, tr.get_retval().dtype)
+    if mapped:
+        free, log_det, back = there_and_back
         assert free.get_value().dtype == jnp.float64 == log_det.dtype
-        _, back = leaf.constrain(free, args)
         np.testing.assert_allclose(back, -log_det, rtol=1e-12)
+
+# Outside of jit numbers are Python's, and must not become single precision on the way.
+np.testing.assert_allclose(gjflax.Normal.assess(key, 0.3, (0.1, 2.1))[1][1], stats.norm(0.1, 2.1).logpdf(0.3), rtol=1e-12)
 
 single = np.array([0.1, 0.2], np.float32)
 for leaf in (gjflax.Normal, gjflax.Gamma):
     # Single precision arguments stay so beside a number; a double value is computed as one.
-    _, (retval, score) = leaf.assess(key, single, (single, 2.1))
-    assert retval.dtype == jnp.float32 == score.dtype, leaf.label
-    _, (retval, score) = leaf.assess(key, np.float64(single), (single, 2.1))
-    assert retval.dtype == jnp.float64 == score.dtype, leaf.label
-    _, tr = leaf.simulate(key, (single, 2.1))
-    assert tr.get_retval().dtype == jnp.float32
-    _, (_, weight, changed, _) = leaf.update(key, tr, np.float64(single), (single, 2.2))
-    assert changed.get_retval().dtype == jnp.float32 == changed.get_score().dtype
-    _, (_, _, changed) = leaf.regenerate(key, tr, gjflax.AllSelection(), tr.get_args())
-    assert changed.get_retval().dtype == jnp.float32 == changed.get_score().dtype
+    def run():
+        alike = leaf.assess(key, single, (single, 2.1))[1]
+        wider = leaf.assess(key, np.float64(single), (single, 2.1))[1]
+        _, tr = leaf.simulate(key, (single, 2.1))
+        updated = leaf.update(key, tr, np.float64(single), (single, 2.2))[1][2]
+        return alike, wider, tr, updated, leaf.regenerate(key, tr, gjflax.AllSelection(), tr.get_args())[1][2]
+
+    alike, wider, tr, *changed = jax.eval_shape(run)
+    assert all(part.dtype == jnp.float32 for part in alike), leaf.label
+    assert all(part.dtype == jnp.float64 for part in wider), leaf.label
+    for trace in (tr, *changed):
+        assert trace.get_retval().dtype == jnp.float32 == trace.get_score().dtype, leaf.label
 print("passed")
 """
 

@@ -380,7 +380,13 @@ def test_a_composite_in_a_body_crosses_jit_updates_and_differentiates(name: str)
     np.testing.assert_allclose(gradient, numeric, rtol=3e-3, atol=3e-3)
 
 
-@each_composite
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("MixtureSameFamily", "HiddenMarkovModel") else pytest.mark.slow)
+        for name in COMPOSITES
+    ],
+)
 def test_a_composite_maps_over_keys_and_arguments(name: str) -> None:
     distribution, build, parameter, _, oracle = COMPOSITES[name]
 

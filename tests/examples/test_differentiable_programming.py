@@ -24,8 +24,11 @@ FOLDER = pathlib.Path(__file__).parents[2] / "examples"
 SCRIPT = FOLDER / "differentiable_programming.py"
 NOTEBOOK = FOLDER / "differentiable_programming.ipynb"
 
-# TFP's import asks JAX for a name that JAX has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:jax.core.pytype_aval_mappings is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.optimized,
+    # TFP's import asks JAX for a name that JAX has deprecated.
+    pytest.mark.filterwarnings("ignore:jax.core.pytype_aval_mappings is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,7 @@ def no_correction(self: Any, values: Any, mean: Any) -> Any:
     return jnp.zeros(())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mistake"),
     [("perturb", shared_noise), ("perturb", short_noise), ("log_q", no_correction)],

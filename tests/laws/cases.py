@@ -427,8 +427,15 @@ CASES = [
 QUICK = (scalar, chain, vectors, regression, grid, network, mapped_network, learned, mapped_learned)
 """The cases of the default tests. The others carry the marker `slow`: they combine what these have one by one."""
 
-each_case = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
-)
+
+def _each(quick: tuple[Case, ...]) -> Any:
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=case.name, marks=() if case in quick else pytest.mark.slow) for case in CASES]
+    )
+
+
+each_case = _each(QUICK)
 """A law for every case."""
+
+each_case_with_parameters = _each((chain, network, mapped_network, learned, mapped_learned))
+"""A law for every case, which has little to say of those without parameters: by default it runs for one of these."""

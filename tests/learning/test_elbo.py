@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -73,9 +74,10 @@ def evidence(mean: Any) -> Any:
     return norm(OBSERVED["x"], mean, np.sqrt(SCALE**2 + NOISE**2))
 
 
-def run(num_samples: int, params: Any = PARAMS, key: Any = KEY, **options: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def run(num_samples: int, params: Any = PARAMS, key: Any = KEY) -> Any:
     """The loss, and the log weights that it leaves in its diagnostics."""
-    objective = ELBO(Model(), Guide(), num_samples=num_samples, **options)
+    objective = ELBO(Model(), Guide(), num_samples=num_samples)
     loss, state = objective.apply({"params": params}, OBSERVED, rngs={"choice": key}, mutable=["diagnostics"])
     return loss, state["diagnostics"]["log_weights"]
 
@@ -214,13 +216,13 @@ def test_an_amortised_model_of_many_points():
 
     objective = ELBO(Map(Point(), in_axes=0), Map(Encoder(), in_axes=0), num_samples=2)
     xs, ys = jnp.arange(6.0).reshape(3, 2), jnp.array([0.5, -1.0, 2.0])
-    variables = objective.init(KEY, {"y": ys}, (xs,), (xs, ys))
+    variables = jax.jit(objective.init)(KEY, {"y": ys}, (xs,), (xs, ys))
     assert variables["params"]["model"]["Dense_0"]["kernel"].shape == (2, 1)
 
     def loss(params):
         return objective.apply({"params": params}, {"y": ys}, (xs,), (xs, ys), rngs={"choice": KEY})
 
-    value, grads = jax.value_and_grad(loss)(variables["params"])
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(grads))
 
