@@ -80,6 +80,15 @@ def test_the_score_of_a_vector_is_a_sum(form: int) -> None:
         close(at_vectors(form)(values)[0], family.oracle(values, family.settings()).sum(), atol=2e-4)
 
 
+@each_form
+def test_parameters_go_by_name_in_any_order(form: int) -> None:
+    family = FORMS[form]
+    named = dict(zip(family.names, family.settings(1), strict=True))
+    callee, args = getattr(gjflax, family.name).positional((), dict(reversed(named.items())))
+    value = as_value(family, family.inside[1])
+    close(callee.assess(KEY, value, args)[1][1], family.oracle(value, family.settings(1)), atol=1e-4)
+
+
 @each_family
 def test_arguments_broadcast(family: Family) -> None:
     # The first argument varies along rows, the others along columns.
