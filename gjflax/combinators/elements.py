@@ -52,12 +52,14 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
         if indices is not None and sorted(indices) == list(range(length)):
             order = np.argsort(indices)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], inner), None
-        if indices is not None and max(indices) >= length:
+        known = choices.index_array()
+        outside = [] if isinstance(known, Tracer) else [i for i in np.asarray(known).tolist() if not 0 <= i < length]
+        if outside:
             raise ChoiceMapError(
-                f"The choice map gives element {max(indices)} of {show_address(current_address())}, which has "
+                f"The choice map gives element {outside[-1]} of {show_address(current_address())}, which has "
                 f"{length} elements (0 to {length - 1})."
             )
-        return inner, jnp.asarray(choices.index_array())
+        return inner, jnp.asarray(known)
     choices = _flag_each(choices, length)
     for address in choices.addresses():
         for leaf in jax.tree.leaves(choices.get_subtree(address).get_value()):

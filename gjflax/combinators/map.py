@@ -49,6 +49,7 @@ from gjflax.core.frozen import hashable, thawed
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.in_place import chosen_leaves, remember, take_elements
 from gjflax.core.lifting import share_inner_scope, vmap_module
+from gjflax.core.masked import Masked, has_masked
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, leafwise, plain, total
@@ -221,12 +222,14 @@ class Map(GenerativeFunction):
             else:
                 discard = vector(range(trace.length), change.update_all(given, **run))
         else:
-            if change.everywhere:
-                change.update_all(EmptyChoiceMap(), **run)
-            elif change.moved is not None and not same_indices(change.moved, indices):
-                change.update_some(change.moved, EmptyChoiceMap(), **run)
             which = choices.indices if isinstance(choices, VectorChoiceMap) else indices
-            discard = vector(which, change.update_some(indices, given, **run))
+            if change.everywhere or (change.moved is not None and not same_indices(change.moved, indices)):
+                # In one pass: between two there would be a state with choices of its own, or of density 0.
+                everywhere = change.update_all(masked_elements(given, indices, trace.length), **run)
+                change.check_range(indices)
+                discard = _discarded(everywhere, given, which, indices, trace)
+            else:
+                discard = vector(which, change.update_some(indices, given, **run))
         retdiff, new = self._changed(change)
         return change.key, (retdiff, change.weight(), new, discard)
 
@@ -379,6 +382,16 @@ class Map(GenerativeFunction):
             for name, axis in (thawed(self.variable_axes) or {}).items():
                 lifted = lifted if axis is None else _with_part_of(lifted, name, axis, indices)
         return lifted
+
+
+def _discarded(discard: ChoiceMap, given: ChoiceMap, which: Any, indices: Any, trace: MapTrace) -> ChoiceMap:
+    """What every element discards; at the given elements alone where no other can discard anything."""
+    if has_masked(trace.inner.strip()):
+        return vector(range(trace.length), discard)
+    part = take_elements(discard, indices)
+    if not has_masked(given):
+        part = jax.tree.map(lambda masked: masked.value, part, is_leaf=lambda value: isinstance(value, Masked))
+    return vector(which, part)
 
 
 def _with_part_of(lifted: Callable[..., Any], collection: str, axis: int, indices: Any) -> Callable[..., Any]:

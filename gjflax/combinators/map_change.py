@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gjflax.combinators.elements import Elements, is_keyed, note, notes, same_indices, split_key, sum_elements
+from gjflax.combinators.elements import (
+    Elements,
+    is_keyed,
+    note,
+    notes,
+    out_of_range,
+    same_indices,
+    split_key,
+    sum_elements,
+)
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap
 from gjflax.core.diff import Change, Diff, elements_change, no_change, unknown_change
 from gjflax.core.frozen import thawed
@@ -47,6 +56,11 @@ class ElementsChange:
     def weight(self) -> Score:
         """The sum of the weights of what was run."""
         return total([sum_elements(weight) for weight in self.elements.weights])
+
+    def check_range(self, indices: Any) -> None:
+        """Make the weight NaN if an index, which is known only when running, is none of an element."""
+        if isinstance(indices, Tracer):
+            self.elements.weights.append(out_of_range(indices, self.trace.length))
 
     def stored_args(self) -> tuple[Any, list[Diff]]:
         """The new arguments as the trace stores them, and what is known of their leaves."""

@@ -56,3 +56,9 @@ def static_flag(flag: Any) -> bool | None:
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
     return None
+
+
+def has_masked(tree: Any) -> bool:
+    """Whether there are `Masked` values in a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda value: isinstance(value, Masked))
+    return any(isinstance(leaf, Masked) for leaf in leaves)

@@ -279,6 +279,38 @@ def test_every_element_of_an_element_at_a_traced_index():
     assert discard.inner["x"].shape == (1, 4)
 
 
+@pytest.mark.parametrize("indices", [[0, 2], jnp.array([0, 2])])
+def test_an_update_never_passes_through_a_state_of_density_0(indices: Any):
+    """Under the new arguments the old values are impossible, and the new ones, which some elements are given, are not."""
+    bounded = Map(gjflax.Uniform, repeats=3)
+    _, tr = bounded.simulate(KEY, (0.0, 1.0))
+    args = (2.0, 4.0)
+    given = gjflax.VectorChoiceMap(indices, jnp.array([2.5, 3.0]))
+    _, (_, weight, new, _) = bounded.update(KEY, tr, given, args)
+    assert weight == -jnp.inf and new.get_score() == -jnp.inf
+    _, (_, _, middle, _) = bounded.update(KEY, tr, {1: 0.5}, (0.0, 8.0))
+    given = gjflax.VectorChoiceMap(jnp.array([0, 1, 2]), jnp.array([2.5, 2.1, 3.0]))
+    _, (_, weight, new, discard) = bounded.update(KEY, middle, given, args)
+    close(weight, -3 * np.log(2.0) + 3 * np.log(8.0))
+    np.testing.assert_array_equal(discard.inner.get_value(), middle.strip().inner.get_value())
+
+
+@pytest.mark.parametrize("index", [3, -1])
+def test_an_index_of_no_element_is_an_error_or_makes_the_weight_nan(index: int):
+    bounded = Map(gjflax.Uniform, repeats=3)
+    _, tr = bounded.simulate(KEY, (0.0, 1.0))
+
+    def weights(index):
+        given = gjflax.VectorChoiceMap(index[None], jnp.full(1, 0.5))
+        alone = bounded.update(KEY, tr, given, tuple(map(gjflax.Diff.no_change, (0.0, 1.0))))[1][1]
+        return alone, bounded.update(KEY, tr, given, (0.0, 2.0))[1][1], bounded.importance(KEY, given, (0.0, 1.0))[1][0]
+
+    assert np.all(np.isnan(jax.jit(weights)(jnp.array(index))))
+    assert np.all(np.isfinite(jax.jit(weights)(jnp.array(1))))
+    with pytest.raises(gjflax.ChoiceMapError, match="0 to 2"):
+        weights(jnp.array(index))
+
+
 def test_a_map_of_a_leaf_has_its_choice_at_the_root():
     leaf = Map(Normal, in_axes=(0, None))
     key, old = leaf.simulate(KEY, ARGS)
