@@ -34,6 +34,7 @@ from gjflax import (
     choice_map,
     gen,
     select,
+    slash,
     trace,
 )
 from gjflax.core import errors
@@ -81,6 +82,14 @@ class Normalised(GenModule):
     @nn.compact
     def __call__(self, x):
         return trace("y", Normal)(nn.BatchNorm(use_running_average=True)(x), 1.0)
+
+
+class Forgetful(GenModule):
+    @nn.compact
+    def __call__(self, x):
+        z = trace("z", Normal)(0.0, 1.0)
+        trace("y", Normal)
+        return z
 
 
 class Noisy(GenModule):
@@ -479,6 +488,20 @@ ROWS = [
     Row("a class as callee", errors.CalleeError, has("instance"), body(lambda: trace("a", Network)(XS))),
     Row("a layer as callee", errors.CalleeError, has("plain Flax"), body(lambda: trace("a", nn.Dense(1))(XS))),
     Row("a function as callee", errors.CalleeError, has("@gen"), body(lambda: trace("a", lambda: 0.0)())),
+    Row(
+        "a callee that is not called",
+        errors.CalleeError,
+        has('("outer", "a")', "never called", 'trace("a", Normal)(*args)'),
+        body(lambda: trace("a", Normal)),
+    ),
+    Row(
+        "a callee that is not called, of a class",
+        errors.CalleeError,
+        has('"y"', "never called", "(*args)"),
+        lambda key: Forgetful().init(key, XS),
+    ),
+    Row("@gen of a class of models", errors.CalleeError, has("Network", "leave @gen away"), lambda key: gen(Network)),
+    Row("@gen of a class of distributions", errors.CalleeError, has("Sampler", "leave @gen"), lambda key: gen(Sampler)),
     Row("a value as callee", errors.CalleeError, has('("z", Normal)(loc'), body(lambda: trace("a", 1.5)())),
     Row("@gen of a class", errors.CalleeError, has("function", "Dense"), lambda key: gen(nn.Dense)),
     Row("@gen of a number", errors.CalleeError, has("function", "3"), lambda key: gen(3)),
@@ -690,6 +713,16 @@ ROWS = [
         errors.ArgumentError,
         has("`argdiffs`", "list"),
         lambda key: pair.update(key, of(pair), {}, []),
+    ),
+    Row(
+        "a mark without a value",
+        errors.ArgumentError,
+        has("`argdiffs`", "Diff.no_change(value)"),
+        lambda key: line.update(key, of(line, XS, 1.0), {}, (Diff.no_change, 1.0)),
+    ),
+    *(
+        Row(f"slash by {count!r}", errors.ArgumentError, has("`n`", repr(count)), lambda key, n=count: slash(key, n))
+        for count in (-1, 1.5, True, None)
     ),
     Row(
         "a change that is none",

@@ -14,6 +14,8 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
+from gjflax.core.errors import CalleeError, show_address
+
 
 @dataclasses.dataclass
 class Frame:
@@ -24,6 +26,8 @@ class Frame:
     prefix: tuple[Any, ...]
     trace_state: Any
     visiting: tuple[Any, ...] | None = None
+    uncalled: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
+    """The `trace` statements whose callees were not called yet, by address."""
 
 
 class _Stack(threading.local):
@@ -59,6 +63,12 @@ def running(owner: Any, handler: Any) -> Iterator[Frame]:
         yield frame
     finally:
         _stack.frames.pop()
+    for path, callee in frame.uncalled.items():
+        label = getattr(callee, "label", type(callee).__name__)
+        raise CalleeError(
+            f"The callee of trace({show_address((*frame.prefix, *path))}, ...) was never called, so it made no choice: write "
+            f"trace({show_address(path)}, {label})(*args), with parentheses also where there are no arguments."
+        )
 
 
 @contextlib.contextmanager

@@ -33,6 +33,16 @@ def _arguments(name: str, value: Any) -> tuple[Any, ...]:
     return value
 
 
+def _argdiffs(name: str, value: Any) -> tuple[Any, ...]:
+    arguments = _arguments(name, value)
+    for argument in arguments:
+        if isinstance(argument, Change):
+            raise ArgumentError(
+                f"An entry of `{name}` is Diff.{argument!r} itself: it marks a value, Diff.{argument!r}(value)."
+            )
+    return arguments
+
+
 def _trace(name: str, value: Any) -> Trace:
     if not isinstance(value, Trace):
         raise ArgumentError(f"`{name}` is a trace, as `simulate` or `importance` return; got {type(value).__name__}.")
@@ -65,7 +75,7 @@ def _untraced(name: str, value: Any) -> str:
 
 _FORMS: Mapping[str, Callable[[str, Any], Any]] = {
     "args": _arguments,
-    "argdiffs": _arguments,
+    "argdiffs": _argdiffs,
     "trace": _trace,
     "choices": _choices,
     "fixed": _choices,

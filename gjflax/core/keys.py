@@ -59,10 +59,15 @@ def slash(key: PRNGKey, n: int) -> tuple[PRNGKey, PRNGKeys]:
     Returns:
       The key to go on with, and an array of `n` keys.
 
+    Raises:
+      ArgumentError: if `n` is not a number of keys.
+
     >>> key, sub_keys = slash(jax.random.key(0), 3)
     >>> sub_keys.shape
     (3,)
     """
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0:
+        raise ArgumentError(f"`n` is how many keys are wanted, an integer of 0 or more; got {n!r}.")
     keys = jax.random.split(key, n + 1)
     return keys[0], keys[1:]
 

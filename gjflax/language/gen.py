@@ -36,6 +36,7 @@ from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.distributions.distribution import Distribution
 from gjflax.language import handlers, incremental
 
 
@@ -134,7 +135,7 @@ def trace(address: Any, callee: Any) -> Callable[..., Any]:
 
     Raises:
       InvalidAddressError: if the address is not of that form.
-      CalleeError: if the callee is not a generative function.
+      CalleeError: if the callee is not a generative function, or the body ends and it was not called.
       TraceContextError: outside of any generative function's body.
       TraceTransformError: inside a JAX transformation that the body started.
       DuplicateAddressError: if the body has used the address already.
@@ -151,9 +152,14 @@ def trace(address: Any, callee: Any) -> Callable[..., Any]:
     path = _check_address(address)
     if not isinstance(callee, GenerativeFunction):
         raise CalleeError(_not_callable(path, callee))
+    written_in = context.top_frame()
+    if written_in is not None:
+        written_in.uncalled[path] = callee
 
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = context.top_frame()
+        if written_in is not None:
+            written_in.uncalled.pop(path, None)
         if frame is None:
             raise TraceContextError(
                 f"trace({show_address(path)}, ...) was called where no generative function is running. It belongs in "
@@ -406,6 +412,10 @@ def gen(target: Any = None, /, **options: Any) -> Any:
     >>> tr["y"].shape
     (3,)
     """
+    if isinstance(target, type) and issubclass(target, (GenModule, Distribution)):
+        raise CalleeError(
+            f"`{target.__name__}` is a class of generative functions already: leave @gen away, and make an instance of it."
+        )
     if isinstance(target, type) and issubclass(target, GenerativeFunction):
         combinator: Any = target
         return lambda function: combinator(gen(function), parent=None, **options)
