@@ -4,8 +4,13 @@ from gjflax.combinators.flax_module import FlaxModule as FlaxModule
 from gjflax.combinators.flax_module import FlaxModuleTrace as FlaxModuleTrace
 from gjflax.combinators.map import Map as Map
 from gjflax.combinators.map import MapTrace as MapTrace
+from gjflax.combinators.repeat import Repeat as Repeat
+from gjflax.combinators.scan import Scan as Scan
+from gjflax.combinators.scan import ScanTrace as ScanTrace
 from gjflax.combinators.train import TrainCombinator as TrainCombinator
 from gjflax.combinators.train import TrainTrace as TrainTrace
+from gjflax.combinators.unfold import Unfold as Unfold
+from gjflax.combinators.unfold import UnfoldTrace as UnfoldTrace
 from gjflax.core.choice_map import BuiltinChoiceMap as BuiltinChoiceMap
 from gjflax.core.choice_map import ChoiceMap as ChoiceMap
 from gjflax.core.choice_map import EmptyChoiceMap as EmptyChoiceMap

@@ -96,7 +96,7 @@ class Incremental(Handler):
 
     def _note(self, address: Path, retdiff: Any) -> Any:
         """Keep what is known of a callee's return value, and give the value."""
-        self._retdiffs[address] = Diff.leaves(_canonical_diff(retdiff))
+        self._retdiffs[address] = Diff.leaves(canonical_diff(retdiff))
         return Diff.primal(retdiff)
 
     @property
@@ -131,7 +131,7 @@ def _plain_diff(tree: Any) -> Any:
     )
 
 
-def _canonical_diff(tree: Any) -> Any:
+def canonical_diff(tree: Any) -> Any:
     """The values in Diffs as traces store them."""
     return jax.tree.map(
         lambda part: (
@@ -214,7 +214,7 @@ def run_incrementally(module: Any, handler_of: Any, trace: Any, argdiffs: tuple[
     Returns:
       The `Parts` of the new trace, the return value's change, and the handler's outcome.
     """
-    args, changes = Diff.primal(argdiffs), Diff.leaves(_canonical_diff(argdiffs))
+    args, changes = Diff.primal(argdiffs), Diff.leaves(canonical_diff(argdiffs))
     old_args, old_retval = trace.args, trace.retval
     traces = trace.by_path
     dependencies = None
