@@ -31,6 +31,7 @@ from gjflax.core.selection import NoneSelection as NoneSelection
 from gjflax.core.selection import Selection as Selection
 from gjflax.core.selection import select as select
 from gjflax.core.trace import Trace as Trace
+from gjflax.core.trace import choose as choose
 from gjflax.core.typing import FloatArray as FloatArray
 from gjflax.distributions.distribution import Distribution as Distribution
 from gjflax.distributions.distribution import DistributionTrace as DistributionTrace
