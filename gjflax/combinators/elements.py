@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, VectorChoiceMap
+from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, VectorChoiceMap, vector
 from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import ChoiceMapError, ChoiceShapeError, SelectionError, show_address
@@ -45,7 +45,7 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
         return EmptyChoiceMap(), None
     if isinstance(choices, VectorChoiceMap):
         # What an outer vector flagged has one flag for all that stands below its element.
-        inner = _flag_each(choices.inner, len(choices))
+        inner = flag_each(choices.inner, len(choices))
         if choices.covers(length):
             return inner, None
         indices = choices.static_indices
@@ -60,7 +60,7 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
                 f"{length} elements (0 to {length - 1})."
             )
         return inner, jnp.asarray(known)
-    choices = _flag_each(choices, length)
+    choices = flag_each(choices, length)
     for address in choices.addresses():
         for leaf in jax.tree.leaves(choices.get_subtree(address).get_value()):
             if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
@@ -72,7 +72,7 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
     return jax.tree.map(jnp.asarray, choices), None
 
 
-def _flag_each(choices: ChoiceMap, length: int) -> ChoiceMap:
+def flag_each(choices: ChoiceMap, length: int) -> ChoiceMap:
     """One flag for all elements becomes one for each."""
 
     def spread(value: Any) -> Any:
@@ -155,11 +155,18 @@ def out_of_range(indices: Any, length: int) -> Any:
 
 def masked_elements(given: ChoiceMap, indices: Any, length: int) -> ChoiceMap:
     """Choices of some elements as masked choices of all."""
-    if given.is_empty():
-        return given
-    return jax.tree.map(
-        lambda value: _spread(value, indices, length), given, is_leaf=lambda value: isinstance(value, Masked)
-    )
+
+    def spread(part: Any) -> Any:
+        if not isinstance(part, VectorChoiceMap):
+            return _spread(part, indices, length)
+        which = part.indices
+        if part.static_indices is None:
+            # An element that is given nothing needs indices too, any that do not repeat.
+            some = jnp.broadcast_to(jnp.arange(which.shape[-1], dtype=which.dtype), (length, which.shape[-1]))
+            which = write_elements(some, which, indices)
+        return vector(which, masked_elements(part.inner, indices, length))
+
+    return jax.tree.map(spread, given, is_leaf=lambda part: isinstance(part, (Masked, VectorChoiceMap)))
 
 
 def _spread(value: Any, indices: Any, length: int) -> Masked:

@@ -113,8 +113,28 @@ class NotReparameterizedError(GJFlaxError, TypeError):
     """A pathwise gradient was asked for through a choice whose distribution has no reparameterisation."""
 
 
+class EnumerationError(GJFlaxError, ValueError):
+    """Choices are to be summed over exactly, and their values are not known or their combinations too many."""
+
+
 class NotImplementedByGenerativeFunctionError(GJFlaxError, NotImplementedError):
     """A generative function was asked for a method of the interface that it does not implement."""
+
+
+class TrainingDataError(GJFlaxError, ValueError):
+    """Data are empty, their arrays differ in length, or they cannot be gone through as often as asked for."""
+
+
+class NonFiniteGradientError(GJFlaxError, FloatingPointError):
+    """No step of a whole stretch of training had a finite loss and finite gradients, so nothing was learned in it."""
+
+
+class CheckpointError(GJFlaxError, ValueError):
+    """A checkpoint is of another run: of another key, other data or other parameters."""
+
+
+class MissingDependencyError(GJFlaxError, ImportError):
+    """What was asked for needs a package that is not installed."""
 
 
 def show_address(address: Any) -> str:

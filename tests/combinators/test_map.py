@@ -279,6 +279,27 @@ def test_every_element_of_an_element_at_a_traced_index():
     assert discard.inner["x"].shape == (1, 4)
 
 
+def test_elements_of_an_element_by_traced_indices():
+    """Also where everything runs again, as under other arguments."""
+    _, old = jax.jit(lambda key: rows.simulate(key, GRID))(DRAW)
+    moved = (GRID[0] + 1.0, GRID[1])
+
+    @jax.jit
+    def run(outer, inner):
+        row = gjflax.core.choice_map.vector(inner[None], choice_map({"x": jnp.array([[9.0, 7.0]])}))
+        given = gjflax.core.choice_map.vector(outer[None], row)
+        return rows.update(KEY, old, given, moved)[1], rows.importance(KEY, given, moved)[1]
+
+    (_, weight, new, discard), (density, drawn) = run(jnp.array(1), jnp.array([2, 0]))
+    want = np.asarray(old["x"]).copy()
+    want[1, 2], want[1, 0] = 9.0, 7.0
+    np.testing.assert_array_equal(new["x"], want)
+    close(weight, total(new, moved) - total(old, GRID))
+    np.testing.assert_array_equal(discard.inner.inner["x"], np.asarray(old["x"])[None, 1, [2, 0]])
+    close(density, terms(drawn, moved)["x"][1, [2, 0]].sum())
+    assert drawn["x"][1, 2] == 9.0 and drawn["x"][1, 0] == 7.0
+
+
 @pytest.mark.parametrize("indices", [[0, 2], jnp.array([0, 2])])
 def test_an_update_never_passes_through_a_state_of_density_0(indices: Any):
     """Under the new arguments the old values are impossible, and the new ones, which some elements are given, are not."""
