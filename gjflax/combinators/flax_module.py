@@ -32,11 +32,12 @@ from gjflax.core.typing import Arguments, PRNGKey, Score
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FlaxModuleTrace(Trace):
-    """The arguments and the output of a module."""
+    """The arguments and the output of a module; and a score of 0, so that a batch of traces has a batch of scores."""
 
     gen_fn: Any = dataclasses.field(metadata=STATIC)
     args: Any
     retval: Any
+    score: Any
 
     def get_gen_fn(self) -> Any:
         return self.gen_fn
@@ -47,8 +48,11 @@ class FlaxModuleTrace(Trace):
     def get_retval(self) -> Any:
         return plain(self.retval)
 
+    def get_score(self) -> Score:
+        return self.score
+
     def project(self, selection: Selection) -> Score:
-        return jnp.zeros(())
+        return self.score
 
     def strip(self) -> ChoiceMap:
         return EmptyChoiceMap()
@@ -57,7 +61,7 @@ class FlaxModuleTrace(Trace):
         return []
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
-        return EmptyChoiceMap(), jnp.zeros(())
+        return EmptyChoiceMap(), self.score
 
 
 class FlaxModule(GenerativeFunction):
@@ -188,7 +192,7 @@ class FlaxModule(GenerativeFunction):
 
     @nn.nowrap
     def _run(self, args: Arguments) -> FlaxModuleTrace:
-        return FlaxModuleTrace(self.as_unbound(), canonical(args), canonical(self._output(args)))
+        return FlaxModuleTrace(self.as_unbound(), canonical(args), canonical(self._output(args)), jnp.zeros(()))
 
     @nn.nowrap
     def _refuse(self, choices: ChoiceMap, strict: bool) -> None:
