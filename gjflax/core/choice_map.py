@@ -74,9 +74,113 @@ class ChoiceMap(Pytree):
         """The choices of both; where both have a value, the other's."""
         return _combine(self, choice_map(other), (), overwrite=True)
 
-    def to_dict(self) -> Any:
-        """As a nested dict; the value itself where one choice stands at the root."""
+    def __or__(self, other: Any) -> ChoiceMap:
+        """The choices of both, as `merge` gives them."""
+        return self.merge(other)
+
+    def __ror__(self, other: Any) -> ChoiceMap:
+        return choice_map(other).merge(self)
+
+    def __sub__(self, other: Any) -> ChoiceMap:
+        """The choices that a selection does not select, or another choice map does not have.
+
+        A `Masked` choice of the other takes away what is there where its flag is true.
+
+        Raises:
+          ChoiceMapError: if one has a value where the other has names, or what is left of a vector of choices has other
+            addresses at one index than at another, or indices are not known while tracing.
+
+        >>> from gjflax import select
+        >>> chm = choice_map({"a": 1.0, "b": 2.0})
+        >>> (chm - {"a": 0.0}).to_dict(), (chm - select("b")).to_dict()
+        ({'b': 2.0}, {'a': 1.0})
+        """
+        from gjflax.core.difference import difference
+
+        return self.filter(~other) if isinstance(other, Selection) else difference(self, choice_map(other))
+
+    def to_dict(self, *, exact: bool = False) -> Any:
+        """As a nested dict; the value itself where one choice stands at the root.
+
+        Args:
+          exact: whether a vector of all elements is told apart from arrays, by a key ``range(n)`` above them. Then
+            `from_dict` gives an equal choice map back. The indices of a vector must be known while tracing.
+
+        Raises:
+          ChoiceMapError: if the indices of a vector are not known while tracing.
+        """
+        return _exact_dict(self, 0) if exact else self._to_dict()
+
+    def _to_dict(self) -> Any:
         raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, choices: Any) -> ChoiceMap:
+        """The choice map of a nested dict, as `choice_map` makes it.
+
+        >>> chm = VectorChoiceMap(range(2), {"x": jnp.array([1.0, 2.0])})
+        >>> ChoiceMap.from_dict(chm.to_dict(exact=True)) == chm
+        True
+        """
+        return choice_map(choices)
+
+    def to_bytes(self) -> bytes:
+        """The choices as bytes that `from_bytes` reads without a template, with indices, flags and random keys.
+
+        Raises:
+          ChoiceMapError: if a value is no array, number, random key, or `Masked` one of these.
+        """
+        from gjflax.core.saving import to_bytes
+
+        return to_bytes(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ChoiceMap:
+        """The choice map that was written with `to_bytes`. Arrays come as NumPy arrays.
+
+        Raises:
+          ChoiceMapError: if the bytes are not those of a choice map.
+
+        >>> chm = choice_map({"a": 1.0, ("y", 3, "pos"): jnp.arange(2.0)})
+        >>> ChoiceMap.from_bytes(chm.to_bytes()) == chm
+        True
+        """
+        from gjflax.core.saving import from_bytes
+
+        return from_bytes(data)
+
+    def to_array(self, selection: Any = None) -> Any:
+        """The selected choices as one vector of floats, in their order as leaves; of all by default.
+
+        Its dtype is the one that holds them all. Flags of `Masked` choices and indices are not part of it.
+
+        Raises:
+          SelectionError: if nothing is selected.
+          ChoiceDtypeError: if a selected choice is not floating point.
+
+        >>> from gjflax import select
+        >>> chm = choice_map({"a": 1.0, "b": jnp.array([2.0, 3.0]), "n": 4})
+        >>> vector = chm.to_array(~select("n"))
+        >>> vector
+        Array([1., 2., 3.], dtype=float32)
+        >>> chm.from_array(2 * vector, ~select("n")).to_dict()
+        {'a': Array(2., dtype=float32), 'b': Array([4., 6.], dtype=float32)}
+        """
+        from gjflax.core.flat import to_array
+
+        return to_array(self, selection)
+
+    def from_array(self, array: Any, selection: Any = None) -> ChoiceMap:
+        """The selected choices with values from a vector, as `to_array` gives it; in their own shapes and dtypes.
+
+        Raises:
+          SelectionError: if nothing is selected.
+          ChoiceDtypeError: if a selected choice is not floating point.
+          ChoiceShapeError: if the array is no vector of that many numbers.
+        """
+        from gjflax.core.flat import from_array
+
+        return from_array(self, array, selection)
 
     def strip(self) -> ChoiceMap:
         """The choices without what a trace knows of them: a choice map is stripped already."""
@@ -134,7 +238,7 @@ class EmptyChoiceMap(ChoiceMap):
     def filter(self, selection: Selection) -> ChoiceMap:
         return self
 
-    def to_dict(self) -> Any:
+    def _to_dict(self) -> Any:
         return {}
 
 
@@ -153,7 +257,7 @@ class ValueChoiceMap(ChoiceMap):
     def filter(self, selection: Selection) -> ChoiceMap:
         return self if selection.includes_root else EmptyChoiceMap()
 
-    def to_dict(self) -> Any:
+    def _to_dict(self) -> Any:
         return self.value
 
 
@@ -177,7 +281,7 @@ class BuiltinChoiceMap(ChoiceMap):
     def filter(self, selection: Selection) -> ChoiceMap:
         return by_name({name: child.filter(selection[name]) for name, child in self.children.items()})
 
-    def to_dict(self) -> Any:
+    def _to_dict(self) -> Any:
         return {name: child.to_dict() for name, child in self.children.items()}
 
     def _tree_children(self) -> Iterator[tuple[str, Any]]:
@@ -220,17 +324,32 @@ class VectorChoiceMap(ChoiceMap):
 
     def __len__(self) -> int:
         indices = self.static_indices
-        return len(indices) if indices is not None else self.indices.shape[0]
+        # In a batch the indices have its axes too, before their own.
+        return len(indices) if indices is not None else self.indices.shape[-1]
 
     @property
     def static_indices(self) -> range | tuple[int, ...] | None:
         """The indices where they are known while tracing, else None."""
         return self.indices.value if isinstance(self.indices, Const) else None
 
+    @property
+    def known_indices(self) -> range | tuple[int, ...] | None:
+        """The indices where they are not being traced and not a batch of them, else None."""
+        static = self.static_indices
+        if static is not None or isinstance(self.indices, Tracer) or np.ndim(self.indices) != 1:
+            return static
+        return tuple(np.asarray(self.indices).tolist())
+
     def index_array(self) -> Any:
         """The indices as an integer array."""
         indices = self.static_indices
         return self.indices if indices is None else np.asarray(indices, np.int32)
+
+    def find(self, indices: Any) -> tuple[Any, Any]:
+        """The positions of some indices, and whether they are there; both shaped as these."""
+        indices, own = jnp.asarray(indices)[..., None], jnp.asarray(self.index_array())
+        alike = indices == jnp.expand_dims(own, tuple(range(indices.ndim - 1)))
+        return jnp.argmax(alike, axis=-1), jnp.any(alike, axis=-1)
 
     def covers(self, length: int) -> bool:
         """Whether these are certainly all the elements of a vector of this length, in order."""
@@ -255,7 +374,7 @@ class VectorChoiceMap(ChoiceMap):
         return self._element(component)
 
     def _element(self, index: Any) -> ChoiceMap:
-        indices = self.static_indices
+        indices = self.known_indices
         if isinstance(index, jax.Array) and not isinstance(index, Tracer):
             index = int(index)
         if isinstance(index, (int, np.integer)) and indices is not None:
@@ -273,7 +392,7 @@ class VectorChoiceMap(ChoiceMap):
     def filter(self, selection: Selection) -> ChoiceMap:
         if not selection.mentions_indices:
             return vector(self.indices, self._each(lambda inner: inner.filter(selection)))
-        indices = self.static_indices
+        indices = self.known_indices
         if indices is None:
             raise ChoiceMapError("A selection by index needs indices that are known while tracing.")
         filtered = {
@@ -295,17 +414,17 @@ class VectorChoiceMap(ChoiceMap):
     def _each(self, function: Callable[..., Any], *others: Any) -> Any:
         """A function of the inner choices of one element, at all of them."""
         # Vectors inside have the elements' axis before their own; where there are none it is of no concern.
-        if any(map(_has_vector, (self.inner, *others))):
+        if any(map(has_vector, (self.inner, *others))):
             return jax.vmap(function)(self.inner, *others)
         return function(self.inner, *others)
 
-    def to_dict(self) -> Any:
+    def _to_dict(self) -> Any:
         """The inner dict where all elements are there, else a dict by index."""
-        indices = self.static_indices
+        indices = self.known_indices
         if isinstance(indices, range) and _is_full(self.inner):
             return self.inner.to_dict()
         if indices is None:
-            raise ChoiceMapError("A vector with traced indices has no dict: its keys are not known.")
+            raise ChoiceMapError(_NO_KEYS)
         return {index: self._element(index).to_dict() for index in indices}
 
     def _tree_children(self) -> Iterator[tuple[str, Any]]:
@@ -317,12 +436,34 @@ class VectorChoiceMap(ChoiceMap):
             yield "inner", self.inner.value if isinstance(self.inner, ValueChoiceMap) else self.inner
 
 
+_NO_KEYS = "A vector with traced indices has no dict: its keys are not known."
+
+
+def _exact_dict(choices: ChoiceMap, axes: int) -> Any:
+    """The dict that tells vectors apart from arrays. `axes` is how many the values have of the vectors around."""
+    if isinstance(choices, BuiltinChoiceMap):
+        return {name: _exact_dict(child, axes) for name, child in choices.children.items()}
+    if not isinstance(choices, VectorChoiceMap):
+        return choices.to_dict()
+    indices = choices.known_indices
+    if indices is None:
+        raise ChoiceMapError(_NO_KEYS)
+    if isinstance(indices, range):
+        return {indices: _exact_dict(choices.inner, axes + 1)}
+    before = (slice(None),) * axes
+    elements = [
+        jax.tree.map(lambda leaf, at=position: leaf[(*before, at)], choices.inner) for position in range(len(indices))
+    ]
+    return {index: _exact_dict(element, axes) for index, element in zip(indices, elements, strict=True)}
+
+
 def _check_indices(indices: Any) -> Any:
     if isinstance(indices, Const):
         return indices
-    if isinstance(indices, range):
+    if isinstance(indices, range) and indices == range(len(indices)):
+        # All elements. A range that leaves some out is one way to write a tuple.
         return Const(indices)
-    if isinstance(indices, (list, tuple, np.ndarray)):
+    if isinstance(indices, (range, list, tuple, np.ndarray)):
         array = np.asarray(indices)
         if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
             raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
@@ -336,11 +477,9 @@ def _check_indices(indices: Any) -> Any:
     raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
 
 
-def _has_vector(choices: ChoiceMap) -> bool:
+def has_vector(choices: ChoiceMap) -> bool:
     """Whether there is a vector in these choices."""
-    return isinstance(choices, VectorChoiceMap) or any(
-        _has_vector(choices.get_submap(name)) for name in choices.names()
-    )
+    return isinstance(choices, VectorChoiceMap) or any(has_vector(choices.get_submap(name)) for name in choices.names())
 
 
 def _is_full(choices: ChoiceMap) -> bool:
@@ -370,7 +509,7 @@ def choice_map(choices: Any = None) -> ChoiceMap:
     """A choice map from a nested dict, a trace, a value, or a choice map.
 
     Keys are names, indices, or tuples of these; so ``{("y", 3, "pos"): v}`` is the choice ``"pos"`` of element 3
-    of ``"y"``. The key ``()`` is the root.
+    of ``"y"``. A range is a key for several elements, whose values have one more leading axis. The key ``()`` is the root.
 
     Raises:
       ChoiceMapError: on keys that are not addresses, that contradict each other, or mix names and indices.
@@ -511,45 +650,68 @@ def _stacked(values: list[Any]) -> Any:
         raise ChoiceMapError(f"A list as a value stands for an array; this one is none: {values!r:.80}") from error
 
 
-def _from_mapping(mapping: Mapping[Any, Any]) -> ChoiceMap:
+def _from_mapping(mapping: Mapping[Any, Any], lengths: tuple[int, ...] = ()) -> ChoiceMap:
+    """The choices of a nested dict that stands below ranges of these lengths, which are the leading axes of its values."""
     result: ChoiceMap = EmptyChoiceMap()
     elements: dict[int, ChoiceMap] = {}
     for key, value in mapping.items():
         components = key if isinstance(key, tuple) else (key,)
         for component in components:
-            if isinstance(component, bool) or not isinstance(component, (str, int, np.integer)):
-                raise ChoiceMapError(f"A key of a choice map is a name, an index, or a tuple of these; got {key!r}.")
-        below = choice_map(value)
+            if isinstance(component, bool) or not isinstance(component, (str, int, np.integer, range)):
+                raise ChoiceMapError(
+                    f"A key of a choice map is a name, an index, a range of indices, or a tuple of these; got {key!r}."
+                )
+        inside = (*lengths, *(len(component) for component in components if isinstance(component, range)))
+        if isinstance(value, Mapping):
+            below = _from_mapping(value, inside)
+        else:
+            below = _check_axes(choice_map(value), inside, key)
+        axes = len(inside)
         for component in reversed(components[1:]):
-            below = _below(component, below)
+            axes -= isinstance(component, range)
+            below = _below(component, below, axes)
         if components and isinstance(components[0], (int, np.integer)):
             index = int(components[0])
             elements[index] = _combine(elements.get(index, EmptyChoiceMap()), below, (index,), overwrite=False)
         elif components:
-            result = _combine(result, _below(components[0], below), (), overwrite=False)
+            result = _combine(result, _below(components[0], below, len(lengths)), (), overwrite=False)
         else:
             result = _combine(result, below, (), overwrite=False)
     if not elements:
         return result
-    return _combine(result, _stack(elements), (), overwrite=False)
+    return _combine(result, _stack(elements, len(lengths)), (), overwrite=False)
 
 
-def _below(component: Component, choices: ChoiceMap) -> ChoiceMap:
+def _check_axes(choices: ChoiceMap, lengths: tuple[int, ...], key: Any) -> ChoiceMap:
+    """The choices, with an error where values do not have the axes of the ranges around them."""
+    for leaf in jax.tree.leaves(choices) if lengths else ():
+        if jnp.shape(leaf)[: len(lengths)] != lengths:
+            raise ChoiceMapError(
+                f"The key {key!r} stands at or below ranges of indices, so its values need leading axes of {lengths}; got "
+                f"the shape {jnp.shape(leaf)}."
+            )
+    return choices
+
+
+def _below(component: Component | range, choices: ChoiceMap, axes: int) -> ChoiceMap:
+    """The choices below one component, whose values have so many axes of ranges around them."""
     if choices.is_empty():
         return choices
+    if isinstance(component, range):
+        return vector(_check_indices(component), choices)
     if isinstance(component, str):
         return BuiltinChoiceMap({component: choices})
-    return _stack({int(component): choices})
+    return _stack({int(component): choices}, axes)
 
 
-def _stack(elements: dict[int, ChoiceMap]) -> ChoiceMap:
-    parts = _flagged_alike(*elements.values())
+def _stack(elements: dict[int, ChoiceMap], axes: int = 0) -> ChoiceMap:
+    parts = _flagged_alike(*elements.values(), axes=axes)
     if len({jax.tree.structure(part) for part in parts}) > 1:
         raise ChoiceMapError(
             f"The elements {sorted(elements)} of a vector have choices at different addresses; give each the same."
         )
-    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *parts)
-    return VectorChoiceMap(tuple(elements), inner)
+    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves], axes), *parts)
+    return vector(_check_indices(tuple(elements)), inner)
 
 
 def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:
@@ -576,7 +738,8 @@ def _combine(a: ChoiceMap, b: ChoiceMap, at: tuple[Any, ...], overwrite: bool) -
 
 def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...], overwrite: bool) -> ChoiceMap:
     ours, theirs = a.static_indices, b.static_indices
-    if ours is not None and theirs is not None and tuple(ours) == tuple(theirs):
+    alike = ours is not None and theirs is not None and tuple(ours) == tuple(theirs)
+    if alike or a.indices is b.indices:
         return vector(a.indices, a._each(lambda x, y: _combine(x, y, at, overwrite), b.inner))
     if overwrite and isinstance(ours, range):
         # Into a full vector the elements are written in place.
@@ -587,21 +750,47 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
         kept = np.asarray([position for position, index in enumerate(ours) if index not in theirs], np.int32)
         shared = np.asarray([index in ours for index in theirs])
         under = np.asarray([ours.index(index) if index in ours else 0 for index in theirs], np.int32)
-
-        def join(x: Any, y: Any) -> Any:
-            if isinstance(y, Masked):
-                # Where one of theirs is absent, ours of that index stays.
-                x_here = jax.tree.map(lambda leaf: jnp.asarray(leaf)[under], x)
-                y = _over(Masked(x_here.value, _both(x_here.flag, shared)), y, at)
-            with jax.numpy_dtype_promotion("standard"):
-                return jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], y]), x, y)
-
-        inner = jax.tree.map(join, below, above, is_leaf=_is_masked)
+        inner = _joined(below, above, kept, shared, under, at)
         return VectorChoiceMap((*(ours[position] for position in kept), *theirs), inner)
+    below, above = _flagged_alike(_padded(a.inner, b.inner, len(a)), _padded(b.inner, a.inner, len(b)), axes=1)
+    if overwrite and jax.tree.structure(below) == jax.tree.structure(above):
+        under, shared = a.find(b.index_array())
+        inner = _joined(below, above, slice(None), shared, under, at)
+        # What is written over stays in the array, at an index of none.
+        kept = jnp.where(b.find(a.index_array())[1], np.int32(-1), jnp.asarray(a.index_array(), np.int32))
+        return vector(jnp.concatenate([kept, jnp.asarray(b.index_array(), np.int32)]), inner)
     raise ChoiceMapError(
         f"Two vectors of choices at {show_address(at)} share elements, have different addresses, "
         "or have indices that are not known while tracing; they cannot be merged."
     )
+
+
+def _padded(choices: ChoiceMap, like: ChoiceMap, length: int) -> ChoiceMap:
+    """The choices of so many elements, with absent ones at the addresses that only the other has."""
+    if choices.is_empty():
+        absent = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape[1:]), leaf.dtype), like)
+        return _masked_below(absent, jnp.zeros(length, bool), ())
+    if not isinstance(choices, BuiltinChoiceMap) or not isinstance(like, BuiltinChoiceMap):
+        return choices
+    names = dict.fromkeys((*choices.names(), *like.names()))
+    return by_name({name: _padded(choices.get_submap(name), like.get_submap(name), length) for name in names})
+
+
+def _joined(below: ChoiceMap, above: ChoiceMap, kept: Any, shared: Any, under: Any, at: tuple[Any, ...]) -> ChoiceMap:
+    """The elements of one vector that are `kept`, and then those of another.
+
+    Of the other's elements, those that are `shared` stand at the positions `under` of the first: where one is absent, the
+    first one's stays.
+    """
+
+    def join(x: Any, y: Any) -> Any:
+        if isinstance(y, Masked):
+            x_here = jax.tree.map(lambda leaf: jnp.asarray(leaf)[under], x)
+            y = _over(Masked(x_here.value, _both(x_here.flag, shared)), y, at)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.tree.map(lambda x, y: jnp.concatenate([jnp.asarray(x)[kept], jnp.asarray(y)]), x, y)
+
+    return jax.tree.map(join, below, above, is_leaf=_is_masked)
 
 
 def _scatter(full: ChoiceMap, part: ChoiceMap, positions: tuple[Any, ...], at: tuple[Any, ...]) -> ChoiceMap:

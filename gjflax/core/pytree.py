@@ -18,8 +18,12 @@ import dataclasses
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import serialization
+from flax.serialization import to_state_dict
 from jax.tree_util import GetAttrKey
+
+from gjflax.core.errors import ArgumentError
 
 P = TypeVar("P", bound="Pytree")
 
@@ -155,18 +159,59 @@ def _names(tree: Pytree, dynamic: tuple[Any, ...]) -> tuple[str, ...]:
 
 def _to_state(tree: Pytree) -> dict[str, Any]:
     dynamic, _ = tree.flatten()
-    return {
-        name: serialization.to_state_dict(value) for name, value in zip(_names(tree, dynamic), dynamic, strict=True)
-    }
+    return {name: _state(value) for name, value in zip(_names(tree, dynamic), dynamic, strict=True)}
+
+
+def _state(value: Any) -> Any:
+    """What Flax saves of a part. Of a random key it is the data: Flax has no form for keys."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, to_state_dict(value))
 
 
 def _from_state(target: Pytree, state: dict[str, Any]) -> Pytree:
     dynamic, static = target.flatten()
+    kind, names = type(target).__name__, _names(target, dynamic)
+    if not isinstance(state, dict) or sorted(state) != sorted(names):
+        given = ", ".join(sorted(state)) if isinstance(state, dict) else type(state).__name__
+        raise ArgumentError(
+            f"What was saved does not fit the template: a {kind} has the parts {', '.join(names) or 'none'}, and saved are "
+            f"{given or 'none'}. Make the template with the generative function and arguments of the trace that was saved."
+        )
     restored = tuple(
-        serialization.from_state_dict(value, state[name], name=name)
-        for name, value in zip(_names(target, dynamic), dynamic, strict=True)
+        _fitted(value, serialization.from_state_dict(value, state[name], name=name), f"{kind}.{name}")
+        for name, value in zip(names, dynamic, strict=True)
     )
     return type(target)._unflatten(static, restored)
+
+
+def _fitted(target: Any, restored: Any, name: str) -> Any:
+    """What was read, with keys as keys.
+
+    Raises:
+      ArgumentError: if a part has another shape than the template's.
+    """
+
+    def fit(wanted: Any, found: Any) -> Any:
+        if _is_key(wanted) and not _is_key(found):
+            found = jax.random.wrap_key_data(jnp.asarray(found), impl=_implementation(wanted))
+        if jnp.shape(found) != jnp.shape(wanted):
+            raise ArgumentError(
+                f"What was saved does not fit the template: {name} has the shape {jnp.shape(found)}, and the template's has "
+                f"{jnp.shape(wanted)}. Make the template with arguments of the shapes with which the trace was made."
+            )
+        return found
+
+    return jax.tree.map(fit, target, restored)
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _implementation(key: Any) -> Any:
+    """The implementation of a random key, of which the shape may be all that is known."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
