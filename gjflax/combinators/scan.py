@@ -92,6 +92,10 @@ class Scan(Steps):
         super().__post_init__()
 
     @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        return ("carry", "xs")
+
+    @nn.nowrap
     def _plan(self, args: Arguments) -> Plan:
         if len(args) != 2:
             raise ArgumentError(

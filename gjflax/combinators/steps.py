@@ -50,6 +50,7 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.in_place import remember
 from gjflax.core.lifting import scan_module, share_inner_scope, written_where
 from gjflax.core.masked import Masked, where
+from gjflax.core.outline import STEPS, Group, Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, leafwise, plain, total
@@ -104,6 +105,9 @@ class StepsTrace(Trace):
 
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         return self.inner.leaves(prefix)
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        return (Group(STEPS, prefix, type(self.gen_fn).__name__, self.inner.outline(prefix), self.length),)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         if selection.mentions_indices:

@@ -24,6 +24,7 @@ from gjflax.core.errors import ArgumentError
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.interface import is_tracer
 from gjflax.core.lifting import share_inner_scope
+from gjflax.core.outline import Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, strong
@@ -58,6 +59,9 @@ class TrainTrace(Trace):
 
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         return self.inner.leaves(prefix)
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        return self.inner.outline(prefix)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         return self.inner.unconstrain(selection)
@@ -171,6 +175,10 @@ class TrainCombinator(GenerativeFunction):
     def variables_of(self, trace: Any) -> Mapping[str, Any]:
         below = self.inner.variables_of(trace.inner).get("params", {})
         return {"params": {**below, **trace.get_args()[-1]}}
+
+    @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        return self.inner.argument_names()[:-1]
 
     # Inside -----------------------------------------------------------------------------------------------------
 

@@ -110,6 +110,10 @@ class Unfold(Steps):
         super().__post_init__()
 
     @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        return ("length", "state", *self.inner.argument_names()[2:])
+
+    @nn.nowrap
     def _plan(self, args: Arguments) -> Plan:
         return self._steps(args, self._length(args), resizable=False)
 

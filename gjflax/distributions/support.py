@@ -348,3 +348,35 @@ def _of_transformed(base: Support) -> Support:
         return bijector.forward(base.interior(bijector.inverse(value), distribution.distribution))
 
     return Support(contains, interior)
+
+
+_WORDS: Mapping[Support, str] = {
+    real: "real",
+    positive: "> 0",
+    nonnegative: "≥ 0",
+    unit_interval: "[0, 1]",
+    open_unit_interval: "(0, 1)",
+    interval: "[low, high]",
+    binary: "{0, 1}",
+    whole: "integers",
+    counts: "0, 1, 2, …",
+    counts_from_one: "1, 2, 3, …",
+    bounded_counts: "0, …, n",
+    categories: "0, …, k − 1",
+    one_hot: "one-hot",
+    fixed_total: "counts of n",
+    simplex: "simplex",
+    positive_definite: "positive definite",
+    correlation: "correlation matrix",
+    correlation_cholesky: "correlation factor",
+}
+
+
+def describe(family: str) -> str | None:
+    """The support of a family of TFP in words, None where it is not known.
+
+    >>> describe("LogNormal"), describe("Bernoulli"), describe("Pareto")
+    ('> 0', '{0, 1}', '≥ a bound')
+    """
+    known = SUPPORTS.get(family)
+    return None if known is None else _WORDS.get(known, "≥ a bound")

@@ -1,0 +1,1 @@
+"""Models for people: their graph, as text and as a picture, and a table of their parameters and choices."""
