@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,9 +42,12 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dependency:
-    """What one leaf depends on, and the input that it is, where it is one unchanged."""
+    """What one leaf depends on, and the input that it is, where it is one unchanged.
 
-    sources: frozenset[Source]
+    Sources are of the type `Source`; a rule of `walk` may have others.
+    """
+
+    sources: frozenset[Any]
     forwards: Source | None = None
 
 
@@ -108,10 +111,10 @@ def dependencies_of(module: Any, args: Any, retvals: Mapping[Path, Any]) -> Depe
     variables = jax.tree.map(lambda leaf: leaf, dict(module.variables)) if scope is not None else {}
     streams = tuple(sorted(scope.rngs)) if scope is not None else ()
     known = {"/".join(address): canonical(retval) for address, retval in retvals.items()}
-    return _staged(module.as_unbound(), variables, streams, _staged_args(args), known)
+    return _staged(module.as_unbound(), variables, streams, staged_args(args), known)
 
 
-def _staged_args(args: Any) -> Any:
+def staged_args(args: Any) -> Any:
     """Arguments with integers and flags of Python as structure."""
     return jax.tree.map(
         lambda leaf: _Static(leaf) if isinstance(leaf, (int, str, bool)) or not _is_array(leaf) else leaf, args
@@ -121,7 +124,7 @@ def _staged_args(args: Any) -> Any:
 def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray):
         return not leaf.dtype.hasobject
-    return isinstance(leaf, (float, complex, jax.Array, np.generic))
+    return isinstance(leaf, (float, complex, jax.Array, np.generic, jax.ShapeDtypeStruct))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,14 @@ class _Static(Pytree):
     value: Any = dataclasses.field(metadata={"static": True})
 
 
-def _as_given(args: Any) -> Any:
+def _array_positions(staged: Any) -> list[int]:
+    """Where the arrays among staged arguments stand in the leaves of ``canonical(args)``, in which numbers are leaves."""
+    leaves = jax.tree.leaves(staged, is_leaf=lambda leaf: isinstance(leaf, _Static))
+    numbers = [leaf for leaf in leaves if not isinstance(leaf, _Static) or isinstance(leaf.value, int)]
+    return [position for position, leaf in enumerate(numbers) if not isinstance(leaf, _Static)]
+
+
+def as_given(args: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf,
         args,
@@ -163,7 +173,7 @@ def _analyse(module: Any, structure: Any, shapes: Any, streams: tuple[str, ...])
     def body(variables: Any, keys: Any, args: Any, retvals: Any) -> Any:
         def run(bound: Any) -> Any:
             handler = Stage(jax.random.key(0), retvals)
-            return handlers.run_body(bound, handler, _as_given(args))
+            return handlers.run_body(bound, handler, as_given(args))
 
         result, _ = nn.apply(run, module, mutable=True)(variables, rngs=keys)
         return result
@@ -177,14 +187,14 @@ def _analyse(module: Any, structure: Any, shapes: Any, streams: tuple[str, ...])
     inputs = [
         *(Source(VARIABLE, (), position) for position, _ in enumerate(jax.tree.leaves(variables))),
         *(Source(RANDOM, (stream,), 0) for stream in keys),
-        *(Source(ARGUMENT, (), position) for position, _ in enumerate(jax.tree.leaves(args))),
+        *(Source(ARGUMENT, (), position) for position in _array_positions(args)),
         *(
             Source(RETVAL, tuple(name.split("/")), position)
             for name in sorted(retvals)
             for position, _ in enumerate(jax.tree.leaves(retvals[name]))
         ),
     ]
-    found = iter(_walk(jaxpr.jaxpr, [Dependency(frozenset({source}), source) for source in inputs]))
+    found = iter(walk(jaxpr.jaxpr, [Dependency(frozenset({source}), source) for source in inputs]))
     of_retval = tuple(next(found) for _ in jax.tree.leaves(retval))
     of_arguments = {name: tuple(next(found) for _ in jax.tree.leaves(arguments[name])) for name in sorted(arguments)}
     # In the order in which the body calls them, which a dict that has gone through JAX has lost.
@@ -217,8 +227,35 @@ _analyse_once = functools.lru_cache(maxsize=512)(_analyse)
 _NOTHING = Dependency(frozenset())
 
 
-def _walk(jaxpr: Any, inputs: list[Dependency]) -> list[Dependency]:
-    """The dependencies of a jaxpr's outputs, from those of its inputs. Constants depend on nothing."""
+def dependencies_in(function: Callable[..., Any], *inputs: Any) -> tuple[Dependency, ...] | None:
+    """What the leaves of ``canonical(function(*inputs))`` depend on; None where it cannot be staged out.
+
+    Args:
+      function: a pure function without choices.
+      *inputs: its arguments. Their leaves are the sources: arguments, by position in ``canonical(inputs)``.
+    """
+    staged = staged_args(inputs)
+    try:
+        jaxpr = jax.make_jaxpr(lambda given: canonical(function(*as_given(given))))(staged)
+    except Exception:
+        # Whatever is wrong with the function is told where it runs in earnest.
+        return None
+    sources = [Source(ARGUMENT, (), position) for position in _array_positions(staged)]
+    return tuple(walk(jaxpr.jaxpr, [Dependency(frozenset({source}), source) for source in sources]))
+
+
+Rule = Callable[[Any, list[Dependency]], list[Dependency] | None]
+"""The dependencies of an equation's outputs, from the equation and those of its inputs; None where it says nothing."""
+
+
+def walk(jaxpr: Any, inputs: list[Dependency], rule: Rule | None = None) -> list[Dependency]:
+    """The dependencies of a jaxpr's outputs, from those of its inputs. Constants depend on nothing.
+
+    Args:
+      jaxpr: the jaxpr.
+      inputs: what each of its inputs depends on.
+      rule: is asked first about every equation, also in jaxprs that are called.
+    """
     known: dict[Any, Dependency] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom: Any) -> Dependency:
@@ -226,9 +263,11 @@ def _walk(jaxpr: Any, inputs: list[Dependency]) -> list[Dependency]:
 
     for equation in jaxpr.eqns:
         before = [read(atom) for atom in equation.invars]
-        inner = _called(equation)
-        if inner is not None and len(inner.invars) == len(before):
-            after = _walk(inner, before)
+        inner, ruled = _called(equation), None if rule is None else rule(equation, before)
+        if ruled is not None:
+            after = ruled
+        elif inner is not None and len(inner.invars) == len(before):
+            after = walk(inner, before, rule)
         else:
             together = Dependency(frozenset().union(*(part.sources for part in before)))
             after = [together] * len(equation.outvars)

@@ -32,6 +32,7 @@ from gjflax.core.errors import (
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifting import is_lifted
+from gjflax.core.outline import Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
@@ -79,6 +80,9 @@ class BuiltinTrace(Trace):
 
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         return [leaf for address, trace in self.by_path.items() for leaf in trace.leaves((*prefix, *address))]
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        return tuple(part for address, trace in self.by_path.items() for part in trace.outline((*prefix, *address)))
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         results = {}
@@ -152,40 +156,153 @@ def trace(address: Any, callee: Any) -> Callable[..., Any]:
     path = _check_address(address)
     if not isinstance(callee, GenerativeFunction):
         raise CalleeError(_not_callable(path, callee))
-    written_in = context.top_frame()
-    if written_in is not None:
-        written_in.uncalled[path] = callee
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        frame = context.top_frame()
-        if written_in is not None:
-            written_in.uncalled.pop(path, None)
-        if frame is None:
-            raise TraceContextError(
-                f"trace({show_address(path)}, ...) was called where no generative function is running. It belongs in "
-                "the body of a @gen function or a GenModule, which runs by `simulate`, `importance`, `assess`, ..."
-            )
-        if frame.trace_state != context.trace_state():
-            raise TraceTransformError(
-                f"trace({show_address((*frame.prefix, *path))}, ...) was called inside a JAX transformation "
-                "(jax.lax.scan, fori_loop or cond, jax.vmap, jit or grad) that the body started, which its choice cannot "
-                "leave. Make that code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
-                "`Switch` for branches; or move the transformation outside of the model."
-            )
+    def visit(frame: context.Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with context.visiting(frame, path):
             free, arguments = callee.positional(args, kwargs)
-            attached = _attach(path, free)
+            attached = _attach("_".join(path), free)
             try:
                 return frame.handler.visit(path, attached, arguments)
             except UnboundParametersError as error:
                 if attached.scope is None:
-                    error.add_note(
-                        f"The body of {type(frame.owner).__name__} is not compact, so it cannot make a submodule of the "
-                        f"callee at {show_address(path)}: make that in `setup` (self.inner = ...), or use @nn.compact."
-                    )
+                    error.add_note(_not_compact(frame, f"the callee at {show_address(path)}"))
                 raise
 
+    label = getattr(callee, "label", type(callee).__name__)
+    return _statement(
+        lambda frame: f"trace({show_address(path if frame is None else frame.shown(path))}, ...)",
+        f"trace({show_address(path)}, {label})",
+        visit,
+    )
+
+
+def inline(callee: Any) -> Callable[..., Any]:
+    """Call a generative function in the body of another as a part of it: ``value = inline(prior)(0.0)``.
+
+    The callee's choices stand at the caller's own level, beside those of its `trace` statements, as if the callee's body
+    were written there. So they must have addresses of their own.
+
+    A callee that is part of a module (``self.prior``, or made in a compact method) is used as it is. A free one becomes a
+    submodule of the current module, named as Flax names modules without a name: by its class or, if it was made by `gen`,
+    its function, and how many of that name came before: ``prior_0``.
+
+    Args:
+      callee: a generative function with a body: one made by `gen`, or a `GenModule`. To inline another, such as a
+        combinator, call it at an address by `trace` and wrap the caller: ``Inline(caller, address)``.
+
+    Returns:
+      A function of the callee's arguments.
+
+    Raises:
+      CalleeError: if the callee has no body, or the caller's body ends and it was not called.
+      TraceContextError: outside of any generative function's body.
+      TraceTransformError: inside a JAX transformation that the body started.
+      DuplicateAddressError: if the caller has used an address of the callee already.
+
+    >>> import gjflax, jax
+    >>> @gjflax.gen
+    ... def line():
+    ...     return gjflax.trace("slope", gjflax.Normal)(0.0, 2.0)
+    >>> @gjflax.gen
+    ... def model(x):
+    ...     return gjflax.trace("y", gjflax.Normal)(gjflax.inline(line)() * x, 0.1)
+    >>> key, tr = model.simulate(jax.random.key(0), (3.0,))
+    >>> sorted(tr.strip().to_dict())
+    ['slope', 'y']
+    """
+    if not isinstance(callee, GenModule) or type(callee).body_is_lifted:
+        raise CalleeError(_no_body(callee))
+
+    def splice(frame: context.Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, arguments = callee.positional(args, kwargs)
+        attached = _attach(_name_of_inlined(frame, callee), callee)
+
+        def run(bound: Any) -> Any:
+            with context.running_inline(bound, frame):
+                return bound(*arguments)
+
+        if attached.scope is not None:
+            return run(attached)
+        try:
+            return nn.apply(run, attached)({})
+        except (flax_errors.ScopeParamNotFoundError, flax_errors.ScopeCollectionNotFound) as error:
+            cause = _not_compact(frame, f"the inlined {callee._title()}")
+            raise UnboundParametersError(f"`{callee._title()}` has parameters, and is free. {cause}") from error
+
+    written = f"inline({callee._title()})"
+    return _statement(
+        lambda frame: f"{written} at {show_address(() if frame is None else frame.shown(()))}", written, splice
+    )
+
+
+def _statement(
+    called: Callable[[context.Frame | None], str],
+    written: str,
+    run: Callable[[context.Frame, tuple[Any, ...], dict[str, Any]], Any],
+) -> Callable[..., Any]:
+    """What `trace` and `inline` return: a function that runs in the body that it is called in.
+
+    Args:
+      called: how messages name it, where it is called in a frame.
+      written: how it is written, up to the arguments.
+      run: what it does there, with positional and keyword arguments.
+    """
+    written_in, token = context.top_frame(), object()
+    if written_in is not None:
+        written_in.uncalled[token] = (
+            f"The callee of {called(written_in)} was never called, so it made no choice: write {written}(*args), with "
+            "parentheses also where there are no arguments."
+        )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = context.top_frame()
+        if written_in is not None:
+            written_in.uncalled.pop(token, None)
+        if frame is None or frame.handler is None:
+            raise TraceContextError(
+                f"{called(None)} was called where no generative function is running. It belongs in "
+                "the body of a @gen function or a GenModule, which runs by `simulate`, `importance`, `assess`, ..."
+            )
+        if frame.trace_state != context.trace_state():
+            raise TraceTransformError(
+                f"{called(frame)} was called inside a JAX transformation "
+                "(jax.lax.scan, fori_loop or cond, jax.vmap, jit or grad) that the body started, which its choice cannot "
+                "leave. Make that code a generative function: use `Map` in place of vmap, `Unfold` or `Scan` for loops, "
+                "`Switch` for branches; or move the transformation outside of the model."
+            )
+        return run(frame, args, kwargs)
+
     return call
+
+
+def _not_compact(frame: context.Frame, callee: str) -> str:
+    return (
+        f"The body of {type(frame.owner).__name__} is not compact, so it cannot make a submodule of {callee}: make that "
+        "in `setup` (self.inner = ...), or use @nn.compact."
+    )
+
+
+def _no_body(callee: Any) -> str:
+    name = getattr(callee, "label", type(callee).__name__)
+    if not isinstance(callee, GenerativeFunction):
+        return f"inline(...) needs a @gen function or a GenModule; got {callee!r:.80}. Is the decorator @gen missing?"
+    if isinstance(callee, GenModule):
+        cause = f"{name} is a lifted transformation of a body, which choices leave only as a trace of their own"
+    else:
+        cause = f"{name} has no body of `trace` statements"
+    return (
+        f"inline({name}) needs a @gen function or a GenModule, and {cause}. Call it at an address, "
+        f'trace("part", {name})(*args), and move its choices up with the combinator: Inline(caller, "part").'
+    )
+
+
+def _name_of_inlined(frame: context.Frame, callee: Any) -> str | None:
+    """The name of a free callee as a submodule; None for one that Flax names itself, by its class."""
+    title = getattr(getattr(callee, "source", None), "__name__", "")
+    if not title.isidentifier():
+        return None
+    frame.inlined[title] += 1
+    return f"{title}_{frame.inlined[title] - 1}"
 
 
 def _check_address(address: Any) -> handlers.Path:
@@ -210,12 +327,12 @@ def _not_callable(path: handlers.Path, callee: Any) -> str:
     return f"trace({show_address(path)}, ...) needs a generative function, got {callee!r:.80}. {cure}"
 
 
-def _attach(path: handlers.Path, callee: Any) -> Any:
-    """The callee as part of the current module."""
+def _attach(name: str | None, callee: Any) -> Any:
+    """The callee as part of the current module, of this name if it is free."""
     if not callee.needs_variables or callee.scope is not None:
         return callee
     try:
-        return callee.copy(name="_".join(path))
+        return callee.copy(name=name)
     except flax_errors.AssignSubModuleError:
         # The body is neither compact nor setup: the callee runs unbound, which is enough if it has no parameters.
         return callee
@@ -361,6 +478,11 @@ class GenModule(GenerativeFunction):
         return self, bound.args
 
     @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        parameters = self._signature().parameters.values()
+        return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+    @nn.nowrap
     def _signature(self) -> inspect.Signature:
         return inspect.signature(self.__call__)
 
@@ -404,7 +526,7 @@ def gen(target: Any = None, /, **options: Any) -> Any:
     Raises:
       CalleeError: if it is neither.
 
-    >>> import gjflax, jax
+    >>> import gjflax, jax, jax.numpy as jnp
     >>> @gjflax.gen(gjflax.Map, in_axes=(0,))
     ... def noisy(x):
     ...     return gjflax.trace("y", gjflax.Normal)(x, 1.0)

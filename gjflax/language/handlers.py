@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
-from gjflax.core.context import current_address, running, top_frame
+from gjflax.core.context import current_address, running, shown
 from gjflax.core.diff import Change, unknown_change
 from gjflax.core.errors import DuplicateAddressError, UnvisitedConstraintError, nearest, show_address
 from gjflax.core.keys import KeySource
@@ -92,35 +92,28 @@ def run_body(module: Any, handler: Handler, args: Arguments) -> tuple[Any, Any]:
         return canonical(retval), handler.outcome()
 
 
-def check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool, at: tuple[Any, ...]) -> None:
-    """An error for constraints that no callee was asked about."""
+def check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool) -> None:
+    """An error for constraints that no callee of the running body was asked about."""
     if not strict or choices.is_empty():
         return
     if choices.is_value():
         raise UnvisitedConstraintError(
-            f"A value was given for {show_address(at)}, which is a generative function with choices of its own, "
+            f"A value was given for {show_address(shown(()))}, which is a generative function with choices of its own, "
             f"not a single choice. {nearest('', visited)}"
         )
     lengths = sorted({len(path) for path in visited})
     for address in choices.addresses():
         if not any(address[:length] in visited for length in lengths):
-            known = [(*at, *path) for path in visited]
+            near = nearest(shown(address[: max(lengths, default=0)]), map(shown, visited))
             raise UnvisitedConstraintError(
-                f"A value was given for {show_address((*at, *address))}, which is not a choice of this generative "
-                f"function. {nearest((*at, *address[: max(lengths, default=0)]), known)} To ignore what is not "
-                "used, pass strict=False."
+                f"A value was given for {show_address(shown(address))}, which is not a choice of this generative "
+                f"function. {near} To ignore what is not used, pass strict=False."
             )
 
 
 def call_options(strict: bool = True, param_diff: Change = unknown_change) -> dict[str, Any]:
     """The options that differ from what every generative function assumes."""
     return ({} if strict else {"strict": False}) | ({} if param_diff is unknown_change else {"param_diff": param_diff})
-
-
-def prefix() -> tuple[Any, ...]:
-    """The address at which the body stands that is running."""
-    frame = top_frame()
-    return frame.prefix if frame is not None else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -155,7 +148,7 @@ class Importance(Handler):
         return trace.get_retval(), (weight, trace)
 
     def outcome(self) -> Any:
-        check_visited(self.choices, self._records, self.strict, prefix())
+        check_visited(self.choices, self._records, self.strict)
         weight = total([weight for weight, _ in self._records.values() if weight is not None])
         return self._end(), weight, {address: trace for address, (_, trace) in self._records.items()}
 
@@ -174,7 +167,7 @@ class Assess(Handler):
         return retval, score
 
     def outcome(self) -> Any:
-        check_visited(self.choices, self._records, self.strict, prefix())
+        check_visited(self.choices, self._records, self.strict)
         return self.key, total(list(self._records.values()))
 
 
@@ -196,7 +189,7 @@ class Constrain(Handler):
 
     def outcome(self) -> Any:
         for given in (self.unconstrained, self.fixed):
-            check_visited(given, self._records, True, prefix())
+            check_visited(given, self._records, True)
         result: ChoiceMap = EmptyChoiceMap()
         for address, (choices, _) in self._records.items():
             result = result.merge(choice_map({address: choices}))

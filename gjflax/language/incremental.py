@@ -16,6 +16,7 @@ regenerate  existing: its own weight;  new or gone: nothing, for the old and the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,8 +27,8 @@ from gjflax.core.in_place import stored_leaves
 from gjflax.core.pytree import static_field
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
-from gjflax.language.dependency import ARGUMENT, RETVAL, VARIABLE, Dependencies, Dependency, dependencies_of
-from gjflax.language.handlers import Handler, Path, call_options, check_visited, prefix, run_body
+from gjflax.language.dependency import ARGUMENT, RETVAL, VARIABLE, Dependencies, Dependency, Source, dependencies_of
+from gjflax.language.handlers import Handler, Path, call_options, check_visited, run_body
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,11 +47,7 @@ class Incremental(Handler):
 
     def leaf_diff(self, dependency: Dependency) -> Diff:
         """What is known of a leaf, without its value."""
-        forwarded = dependency.forwards
-        if forwarded is not None:
-            return self._source(forwarded)
-        changed = any(self._source(source).change is not no_change for source in dependency.sources)
-        return unknown_change(None) if changed else no_change(None)
+        return leaf_diff(dependency, self._source)
 
     def _source(self, source: Any) -> Diff:
         if source.kind == RETVAL:
@@ -61,38 +58,20 @@ class Incremental(Handler):
             return self.param_diff(None)
         return unknown_change(None)
 
-    def _argdiffs(self, address: Path, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _argdiffs(self, address: Path, callee: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The callee's arguments with what is known of them; unchanged ones are those of the old trace."""
         known = None if self.dependencies is None else self.dependencies.arguments.get(address)
-        new, old = canonical(args), canonical(self.traces[address].get_gen_fn()._arguments_of(self.traces[address]))
-        if known is None or jax.tree.structure(new) != jax.tree.structure(old):
+        if known is None or not self._is_same(address, callee):
             return Diff.mark(args, unknown_change)
-        leaves, old_leaves = jax.tree.leaves(new), jax.tree.leaves(old)
-        if len(leaves) != len(known):
-            return Diff.mark(args, unknown_change)
-        diffs = []
-        for leaf, was, dependency in zip(leaves, old_leaves, known, strict=True):
-            diff = self.leaf_diff(dependency)
-            same_type = leaf.shape == was.shape and leaf.dtype == was.dtype
-            if diff.change is no_change and same_type:
-                diffs.append(no_change(was))
-            elif diff.change is elements_change and same_type:
-                diffs.append(Diff(leaf, elements_change, diff.indices, diff.elements))
-            else:
-                diffs.append(unknown_change(leaf))
-        result = []
-        position = 0
-        for one in new:
-            count = len(jax.tree.leaves(one))
-            own = diffs[position : position + count]
-            position += count
-            value = jax.tree.structure(one).unflatten([diff.value for diff in own])
-            result.append(_plain_diff(Diff.tree(value, own)))
-        return tuple(result)
+        return diffs_of_arguments(args, arguments_of(self.traces[address]), list(map(self.leaf_diff, known)))
 
-    def _may_skip(self, callee: Any, argdiffs: tuple[Any, ...]) -> bool:
+    def _is_same(self, address: Path, callee: Any) -> bool:
+        """Whether the callee is the one of the old trace. One that the body makes may hold values that changed."""
+        return is_same(self.traces[address].get_gen_fn(), callee.as_unbound())
+
+    def _may_skip(self, address: Path, callee: Any, argdiffs: tuple[Any, ...]) -> bool:
         unchanged_parameters = not callee.needs_variables or self.param_diff is no_change
-        return unchanged_parameters and Diff.is_unchanged(argdiffs)
+        return unchanged_parameters and Diff.is_unchanged(argdiffs) and self._is_same(address, callee)
 
     def _note(self, address: Path, retdiff: Any) -> Any:
         """Keep what is known of a callee's return value, and give the value."""
@@ -122,7 +101,77 @@ class _Record:
     drew: bool = True
 
 
-def _plain_diff(tree: Any) -> Any:
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two generative functions, which are not bound, are certainly one program."""
+    try:
+        return one is other or bool(one == other)
+    except (TypeError, ValueError):
+        # Of arrays in fields, or in what a function closes over, it is not known.
+        return False
+
+
+def arguments_of(trace: Trace) -> tuple[Any, ...]:
+    """The arguments with which a trace's generative function is called."""
+    return trace.get_gen_fn()._arguments_of(trace)
+
+
+def leaf_diff(dependency: Dependency, known: Callable[[Source], Diff]) -> Diff:
+    """What is known of a leaf, without its value, from what is known of its sources."""
+    if dependency.forwards is not None:
+        return known(dependency.forwards)
+    changed = any(known(source).change is not no_change for source in dependency.sources)
+    return unknown_change(None) if changed else no_change(None)
+
+
+def diffs_of_arguments(args: tuple[Any, ...], old_args: tuple[Any, ...], known: list[Diff]) -> tuple[Any, ...]:
+    """Arguments with what is known of their leaves; unchanged leaves are the old ones.
+
+    Args:
+      args: the new arguments.
+      old_args: those of the old trace.
+      known: what is known of each leaf of ``canonical(args)``, without its value.
+    """
+    new, old = canonical(args), canonical(old_args)
+    leaves, old_leaves = jax.tree.leaves(new), jax.tree.leaves(old)
+    if jax.tree.structure(new) != jax.tree.structure(old) or len(leaves) != len(known):
+        return Diff.mark(args, unknown_change)
+    diffs = []
+    for leaf, was, diff in zip(leaves, old_leaves, known, strict=True):
+        same_type = leaf.shape == was.shape and leaf.dtype == was.dtype
+        if diff.change is no_change and same_type:
+            diffs.append(no_change(was))
+        elif diff.change is elements_change and same_type:
+            diffs.append(Diff(leaf, elements_change, diff.indices, diff.elements))
+        else:
+            diffs.append(unknown_change(leaf))
+    result = []
+    position = 0
+    for one in new:
+        count = len(jax.tree.leaves(one))
+        own = diffs[position : position + count]
+        position += count
+        value = jax.tree.structure(one).unflatten([diff.value for diff in own])
+        result.append(plain_diff(Diff.tree(value, own)))
+    return tuple(result)
+
+
+def diffs_of_retval(retval: Any, old_retval: Any, known: list[Diff] | None) -> tuple[Any, list[Diff], Any]:
+    """A return value as the new trace stores it, what is known of its leaves, and both together as a caller gets them.
+
+    Args:
+      retval: the new one, canonical.
+      old_retval: that of the old trace, canonical.
+      known: what is known of each leaf, without its value; None where nothing is.
+    """
+    count = len(jax.tree.leaves(retval))
+    if known is None or jax.tree.structure(retval) != jax.tree.structure(old_retval) or len(known) != count:
+        known = [unknown_change(None)] * count
+    stored = stored_leaves(retval, old_retval, known)
+    diffs = [dataclasses.replace(diff, value=leaf) for diff, leaf in zip(known, jax.tree.leaves(stored), strict=True)]
+    return stored, known, plain_diff(Diff.tree(stored, diffs))
+
+
+def plain_diff(tree: Any) -> Any:
     """The values in Diffs as a body has them: structure becomes values again."""
     return jax.tree.map(
         lambda part: dataclasses.replace(part, value=plain(part.value)) if isinstance(part, Diff) else plain(part),
@@ -155,15 +204,15 @@ class Update(Incremental):
             _, (weight, trace) = callee.importance(key, below, args, **call_options(self.strict))
             return self._note(address, unknown_change(trace.get_retval())), _Record(trace, weight)
         old = self.traces[address]
-        argdiffs = self._argdiffs(address, args)
-        if below.is_empty() and self._may_skip(callee, argdiffs):
+        argdiffs = self._argdiffs(address, callee, args)
+        if below.is_empty() and self._may_skip(address, callee, argdiffs):
             return self._note(address, no_change(old.get_retval())), _Record(old, drew=False)
         options = call_options(self.strict, self.param_diff)
         end, (retdiff, weight, trace, discard) = callee.update(key, old, below, argdiffs, **options)
         return self._note(address, retdiff), _Record(trace, weight, discard, end is not key)
 
     def outcome(self) -> Any:
-        check_visited(self.choices, self._records, self.strict, prefix())
+        check_visited(self.choices, self._records, self.strict)
         weights = [record.weight for record in self._records.values() if record.weight is not None]
         discard: ChoiceMap = EmptyChoiceMap()
         for address, record in self._records.items():
@@ -188,8 +237,8 @@ class Regenerate(Incremental):
             _, trace = callee.simulate(key, args)
             return self._note(address, unknown_change(trace.get_retval())), _Record(trace)
         old, below = self.traces[address], self.selection[address]
-        argdiffs = self._argdiffs(address, args)
-        if below.is_empty and self._may_skip(callee, argdiffs):
+        argdiffs = self._argdiffs(address, callee, args)
+        if below.is_empty and self._may_skip(address, callee, argdiffs):
             return self._note(address, no_change(old.get_retval())), _Record(old, drew=False)
         options = call_options(param_diff=self.param_diff)
         end, (retdiff, weight, trace) = callee.regenerate(key, old, below, argdiffs, **options)
@@ -218,10 +267,8 @@ def run_incrementally(module: Any, handler_of: Any, trace: Any, argdiffs: tuple[
     old_args, old_retval = trace.args, trace.retval
     traces = trace.by_path
     dependencies = None
-    same_body = trace.gen_fn == module.as_unbound() and jax.tree.structure(canonical(args)) == jax.tree.structure(
-        old_args
-    )
-    if same_body and not module.is_initializing() and _types_are_known(args, argdiffs):
+    same_body = is_same(trace.gen_fn, module.as_unbound()) and are_alike(canonical(args), old_args)
+    if same_body and not module.is_initializing() and types_are_known(argdiffs):
         retvals = {address: part.get_retval() for address, part in traces.items()}
         dependencies = dependencies_of(module, args, retvals)
         if dependencies is not None and dependencies.arguments.keys() != traces.keys():
@@ -231,17 +278,10 @@ def run_incrementally(module: Any, handler_of: Any, trace: Any, argdiffs: tuple[
     handler.begin()
     handler.retdiffs.update(retdiffs)
     new_args = canonical(args)
-    if dependencies is None:
-        unknown = [unknown_change(None)] * len(jax.tree.leaves(retval))
-        parts = Parts(stored_leaves(new_args, old_args, changes), retval, changes, unknown)
-        return parts, unknown_change(plain(retval)), outcome
-    known = [handler.leaf_diff(dependency) for dependency in dependencies.retval]
-    if jax.tree.structure(retval) != jax.tree.structure(old_retval) or len(known) != len(jax.tree.leaves(retval)):
-        known = [unknown_change(None)] * len(jax.tree.leaves(retval))
-    stored = stored_leaves(retval, old_retval, known)
-    diffs = [dataclasses.replace(diff, value=leaf) for diff, leaf in zip(known, jax.tree.leaves(stored), strict=True)]
+    known = None if dependencies is None else list(map(handler.leaf_diff, dependencies.retval))
+    stored, known, retdiff = diffs_of_retval(retval, old_retval, known)
     parts = Parts(stored_leaves(new_args, old_args, changes), stored, changes, known)
-    return parts, _plain_diff(Diff.tree(stored, diffs)), outcome
+    return parts, retdiff, outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +294,15 @@ class Parts:
     retdiffs: list[Diff]
 
 
-def _types_are_known(args: tuple[Any, ...], argdiffs: tuple[Any, ...]) -> bool:
+def are_alike(one: Any, other: Any) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes. A body may compute with a shape, too."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+
+
+def types_are_known(argdiffs: tuple[Any, ...]) -> bool:
     """Whether what is structure for a body is what it was: integers of Python, which it may branch on, are unchanged."""
     marked = jax.tree.leaves(argdiffs, is_leaf=lambda part: isinstance(part, Diff))
     changed = [part.value if isinstance(part, Diff) else part for part in marked if not Diff.is_unchanged(part)]

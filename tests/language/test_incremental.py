@@ -177,6 +177,55 @@ def test_integers_of_python_may_change_the_structure():
     assert discard.to_dict() == {"x2": 1.5} and again.strip() == tr.strip()
 
 
+def test_a_number_before_an_array_is_not_taken_for_it():
+    """Integers are structure when a body is staged out, and leaves of its arguments all the same."""
+
+    @gen
+    def body(count, flag, loc):
+        return trace("y", Normal)(loc, 1.0 + float(count) if flag else 1.0)
+
+    _, tr = body.simulate(KEY, (2, True, jnp.float32(1.0)))
+    for argdiffs in (
+        (Diff.no_change(2), Diff.no_change(True), Diff.unknown_change(jnp.float32(5.0))),
+        (Diff.no_change(2), Diff.unknown_change(False), Diff.no_change(jnp.float32(1.0))),
+    ):
+        _, flag, loc = Diff.primal(argdiffs)
+        _, (_, weight, _, _) = body.update(KEY, tr, {}, argdiffs)
+        want = [jax.scipy.stats.norm.logpdf(tr["y"], *args) for args in ((loc, 3.0 if flag else 1.0), (1.0, 3.0))]
+        np.testing.assert_allclose(weight, want[0] - want[1], rtol=1e-5)
+
+
+def test_a_shape_that_a_body_computes_with_may_change():
+    @gen
+    def body(xs):
+        return trace("y", Normal)(0.0, jnp.float32(xs.shape[0]))
+
+    _, tr = body.simulate(KEY, (jnp.zeros(2),))
+    _, (_, weight, _, _) = body.update(KEY, tr, {}, (jnp.zeros(5),))
+    want = [jax.scipy.stats.norm.logpdf(tr["y"], 0.0, scale) for scale in (5.0, 2.0)]
+    np.testing.assert_allclose(weight, want[0] - want[1], rtol=1e-5)
+
+
+def test_a_callee_that_the_body_makes_may_hold_what_changed():
+    """Its arguments are unchanged, and it is another one."""
+
+    @gen
+    def body():
+        scale = trace("scale", Normal)(2.0, 0.1)
+        of_gen = trace("of_gen", gen(lambda: trace("z", Normal)(0.5, scale)))()
+        density = lambda value, loc: jax.scipy.stats.norm.logpdf(value, loc, scale)
+        of_functions = gjflax.distribution(lambda key, loc: loc + jax.random.normal(key), density)
+        return of_gen + trace("of_functions", of_functions)(0.5)
+
+    _, tr = body.simulate(KEY, ())
+    for update in (body.update, jax.jit(body.update)):
+        _, (_, weight, new, _) = update(KEY, tr, {"scale": 3.0}, ())
+        np.testing.assert_allclose(weight, by_assess(body, new, tr), rtol=1e-5)
+    _, (_, weight, new) = body.regenerate(KEY, tr, select("scale"), ())
+    of_scale = [jax.scipy.stats.norm.logpdf(one["scale"], 2.0, 0.1) for one in (new, tr)]
+    np.testing.assert_allclose(weight, by_assess(body, new, tr) - (of_scale[0] - of_scale[1]), rtol=1e-4)
+
+
 def test_untraced_randomness_counts_as_changed():
     class Dropped(GenModule):
         @nn.compact
