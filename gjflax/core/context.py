@@ -2,19 +2,22 @@
 
 Only error messages and `trace` read it. A body pushes a frame when it starts and pops it when it ends, also by an
 exception; every thread has a stack of its own.
+
+Beside it, what is noted while a density is traced: where it is only estimated (`note_estimate`, `estimates`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend import core as jax_core
 
-from gjflax.core.errors import CalleeError, show_address
+from gjflax.core.errors import CalleeError
 
 
 @dataclasses.dataclass
@@ -26,13 +29,30 @@ class Frame:
     prefix: tuple[Any, ...]
     trace_state: Any
     visiting: tuple[Any, ...] | None = None
-    uncalled: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
-    """The `trace` statements whose callees were not called yet, by address."""
+    uncalled: dict[Any, str] = dataclasses.field(default_factory=dict)
+    """What was said by `trace` or `inline` and not called yet, with the error's message, by any key."""
+    inlined: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """How many callees of a name were inlined so far."""
+    renamed: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda address: address
+    """How users see the address of something in this body."""
+
+    def shown(self, path: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The full address, as users see it, of what this body has at a path."""
+        return self.renamed((*self.prefix, *path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A place where a density is only estimated, by randomness that is no choice, and what that randomness is."""
+
+    address: tuple[Any, ...]
+    randomness: str
 
 
 class _Stack(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.estimates: list[list[Estimate]] = []
 
 
 _stack = _Stack()
@@ -51,24 +71,42 @@ def top_frame() -> Frame | None:
 def current_address() -> tuple[Any, ...]:
     """The full address of the choice or callee being visited; ``()`` outside of any body."""
     frame = top_frame()
-    return frame.prefix + frame.visiting if frame is not None and frame.visiting is not None else ()
+    return frame.shown(frame.visiting) if frame is not None and frame.visiting is not None else ()
+
+
+def shown(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The full address, as users see it, of what the running body has at a path."""
+    frame = top_frame()
+    return frame.shown(path) if frame is not None else path
+
+
+def _pushed_on(owner: Any, handler: Any, state: Any, visiting: Any = None) -> Frame:
+    """A frame for what runs at the address that is being visited."""
+    below = top_frame()
+    if below is None or below.visiting is None:
+        return Frame(owner, handler, (), state, visiting)
+    return Frame(owner, handler, below.prefix + below.visiting, state, visiting, renamed=below.renamed)
 
 
 @contextlib.contextmanager
-def running(owner: Any, handler: Any) -> Iterator[Frame]:
-    """The context in which a body runs."""
-    frame = Frame(owner, handler, current_address(), trace_state())
+def _on_top(frame: Frame) -> Iterator[Frame]:
     _stack.frames.append(frame)
     try:
         yield frame
     finally:
         _stack.frames.pop()
-    for path, callee in frame.uncalled.items():
-        label = getattr(callee, "label", type(callee).__name__)
-        raise CalleeError(
-            f"The callee of trace({show_address((*frame.prefix, *path))}, ...) was never called, so it made no choice: write "
-            f"trace({show_address(path)}, {label})(*args), with parentheses also where there are no arguments."
-        )
+    for message in frame.uncalled.values():
+        raise CalleeError(message)
+
+
+def running(owner: Any, handler: Any) -> contextlib.AbstractContextManager[Frame]:
+    """The context in which a body runs."""
+    return _on_top(_pushed_on(owner, handler, trace_state()))
+
+
+def running_inline(owner: Any, caller: Frame) -> contextlib.AbstractContextManager[Frame]:
+    """The context in which a body runs as a part of another: its choices are the other's own."""
+    return _on_top(Frame(owner, caller.handler, caller.prefix, caller.trace_state, renamed=caller.renamed))
 
 
 @contextlib.contextmanager
@@ -81,12 +119,47 @@ def visiting(frame: Frame, address: tuple[Any, ...]) -> Iterator[None]:
         frame.visiting = None
 
 
-@contextlib.contextmanager
-def naming(address: tuple[Any, ...]) -> Iterator[None]:
+def at_body() -> contextlib.AbstractContextManager[None]:
+    """The context in which a body that is running checks its own arguments: messages name where it stands."""
+    frame = top_frame()
+    return contextlib.nullcontext() if frame is None else visiting(frame, ())
+
+
+def naming(address: tuple[Any, ...]) -> contextlib.AbstractContextManager[Frame]:
     """The context of work on the part of a trace at an address, where no body runs."""
-    frame = Frame(None, None, current_address(), None, visiting=address)
-    _stack.frames.append(frame)
+    return _on_top(_pushed_on(None, None, None, visiting=address))
+
+
+def renaming(
+    outer_of: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+) -> contextlib.AbstractContextManager[Frame]:
+    """The context of work on a generative function whose addresses users know by other names.
+
+    Args:
+      outer_of: from an address of the generative function to the one by which users know it.
+    """
+    frame = _pushed_on(None, None, None, visiting=())
+    start, outside = len(frame.prefix), frame.renamed
+    frame.renamed = lambda address: outside((*address[:start], *outer_of(address[start:])))
+    return _on_top(frame)
+
+
+def note_estimate(randomness: str) -> None:
+    """Say that the density which is being traced is an estimate; called by an `assess` that draws.
+
+    Args:
+      randomness: what makes it one, in a few words: the subject of a sentence.
+    """
+    for noted in _stack.estimates:
+        noted.append(Estimate(current_address(), randomness))
+
+
+@contextlib.contextmanager
+def estimates() -> Iterator[list[Estimate]]:
+    """Collect what `note_estimate` says inside."""
+    noted: list[Estimate] = []
+    _stack.estimates.append(noted)
     try:
-        yield
+        yield noted
     finally:
-        _stack.frames.pop()
+        _stack.estimates.pop()

@@ -35,6 +35,7 @@ import numpy as np
 from flax import errors as flax_errors
 
 from gjflax.core.choice_map import ChoiceMap, choice_map
+from gjflax.core.context import estimates
 from gjflax.core.diff import Change, unknown_change
 from gjflax.core.errors import (
     ArgumentError,
@@ -46,6 +47,7 @@ from gjflax.core.errors import (
     show_address,
 )
 from gjflax.core.interface import PARAMETERS, interface_method
+from gjflax.core.interned import interned
 from gjflax.core.keys import typed_key
 from gjflax.core.lifting import is_lifted
 from gjflax.core.masked import Masked
@@ -106,7 +108,11 @@ class GenerativeFunction(nn.Module):
     def assess(
         self, key: PRNGKey, choices: Any, args: Arguments, *, strict: bool = True
     ) -> tuple[PRNGKey, tuple[Any, Score]]:
-        """The density of given choices: ``key, (retval, score)``. Every choice must be given; none is drawn."""
+        """The density of given choices: ``key, (retval, score)``. Every choice must be given; none is drawn.
+
+        A kind whose score is an unbiased estimate of the density, with randomness from the key, says so by
+        `gjflax.core.context.note_estimate`: gradients of it are then refused, also where it is a callee.
+        """
         raise self._lacks("assess")
 
     def update(
@@ -321,6 +327,11 @@ class GenerativeFunction(nn.Module):
     def __rich__(self) -> Any:
         return rich_tree(self)
 
+    @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        """What the first arguments are called, for people; as many as have a name."""
+        return ()
+
     # Helpers of implementations ---------------------------------------------------------------------------------
 
     @nn.nowrap
@@ -328,7 +339,7 @@ class GenerativeFunction(nn.Module):
         """The module without scope, parent and name, as traces keep it."""
         if self.scope is None and self.name is None:
             return self
-        return self.clone(_deep_clone=True, _reset_names=True, name=None)
+        return interned(self.clone(_deep_clone=True, _reset_names=True, name=None))
 
     @nn.nowrap
     def positional(self, args: Arguments, kwargs: Mapping[str, Any]) -> tuple[Any, Arguments]:
@@ -392,7 +403,8 @@ class GenerativeFunction(nn.Module):
         def evaluate(params: Any, key: PRNGKey, choices: ChoiceMap, args: Arguments) -> tuple[Any, Score]:
             used = variables if params is None else {**variables, "params": params}
             try:
-                result = module.apply(used, key, choices, args, method="assess", rngs=rngs, mutable=mutable)
+                with estimates() as noted:
+                    result = module.apply(used, key, choices, args, method="assess", rngs=rngs, mutable=mutable)
             except (flax_errors.InvalidRngError, MissingStreamError) as error:
                 raise UntracedRandomnessError(
                     "The body draws randomness that is not a choice, from an rng stream that is not supplied here: "
@@ -407,6 +419,12 @@ class GenerativeFunction(nn.Module):
                     '`params` is the collection itself, such as `state.params` or `variables["params"]`; got a dict with '
                     'the key "params".'
                 ) from error
+            if noted and untraced == "refuse":
+                raise UntracedRandomnessError(
+                    f"The density at {show_address(noted[0].address)} is an estimate: {noted[0].randomness}. The gradient of "
+                    "its logarithm is biased. Use an exact algorithm, keep the choices that are integrated out, or accept "
+                    'the bias with untraced="allow".'
+                )
             # Mutable collections are read, and what a density evaluation would write to them is dropped.
             output: Any = result if mutable is False else result[0]
             return output[1]

@@ -17,10 +17,10 @@ from flax import errors as flax_errors
 from jax.core import Tracer
 
 from gjflax.core.choice_map import choice_map
-from gjflax.core.context import current_address, top_frame
+from gjflax.core.context import current_address, estimates, top_frame
 from gjflax.core.diff import Change, no_change, unknown_change
 from gjflax.core.errors import ArgumentError, UnboundParametersError, show_address
-from gjflax.core.keys import is_typed_key, like_key, typed_key
+from gjflax.core.keys import after, is_typed_key, like_key, typed_key
 from gjflax.core.selection import Selection, select
 from gjflax.core.trace import Trace
 
@@ -171,7 +171,11 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         if runs_body and self.needs_variables and self.scope is None:
             result = _enter_unbound(self, name, given, positional, values)
         else:
-            result = function(self, *positional, **values)
+            with estimates() as noted:
+                result = function(self, *positional, **values)
+            if noted and has_key and result[0] is positional[0]:
+                # A density that was estimated has used the key, though what stands around the estimate did not see it.
+                result = (after(result[0]), *result[1:])
         if has_key and not is_typed_key(given["key"]):
             result = (like_key(result[0], given["key"]), *result[1:])
         return result

@@ -94,4 +94,9 @@ class KeySource:
 
     def end(self) -> Key[Array, ""]:
         """The key to go on with."""
-        return jax.random.fold_in(self._key, np.uint32(_END)) if self._used else self._key
+        return after(self._key) if self._used else self._key
+
+
+def after(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key to go on with after one that was used: unlike those of a `KeySource`, and those that ``split`` gives."""
+    return jax.random.fold_in(key, np.uint32(_END))
