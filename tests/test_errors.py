@@ -23,12 +23,21 @@ import pytest
 import gjflax
 from gjflax import (
     ELBO,
+    ENUM,
     AllSelection,
     Bernoulli,
+    Cond,
     Diff,
     GenModule,
     Map,
+    Mask,
+    Mix,
     Normal,
+    OrElse,
+    Product,
+    RandomParams,
+    Reparameterized,
+    Switch,
     TrainCombinator,
     VectorChoiceMap,
     choice_map,
@@ -39,6 +48,9 @@ from gjflax import (
 )
 from gjflax.core import errors
 from gjflax.core.context import top_frame
+from gjflax.learning.fit import require_some_finite
+from gjflax.learning.training.checkpoints import require_same
+from gjflax.learning.training.optional import require
 
 KEY = jax.random.key(0)
 
@@ -132,6 +144,11 @@ def discrete_guide():
 
 
 @gen
+def enumerated_guide():
+    return trace("z", ENUM(Bernoulli))(jnp.zeros(20))
+
+
+@gen
 def guide_with_more():
     return trace("z", Normal)(0.0, 1.0) + trace("more", Normal)(0.0, 1.0)
 
@@ -154,6 +171,24 @@ class Sampler(gjflax.Distribution):
 def either(leaf):
     return trace("x", Normal)(0.0, 1.0) if leaf else trace("x", line)(0.0, 1.0)
 
+
+@gen
+def unit():
+    return trace("x", Normal)(0.0, 1.0)
+
+
+@gen
+def two_of_them():
+    return trace("x", Normal)(jnp.zeros(2), 1.0)
+
+
+@gen
+def their_sum():
+    return jnp.sum(trace("x", Normal)(jnp.zeros(2), 1.0))
+
+
+dense_prior = RandomParams(nn.Dense(2), {"kernl": (Normal, (0.0, 1.0))})
+half_a_prior = RandomParams(nn.Dense(2), {"kernel": (Normal, (0.0, 1.0))})
 
 network = Network()
 
@@ -879,12 +914,70 @@ ROWS = [
             (1.0, 2.0),
         ),
     ),
+    # Branches ----------------------------------------------------------------------------------------------------
+    Row(
+        "branches with different return values",
+        errors.BranchMismatchError,
+        has('"which"', "branch 0 returns float32[]", "branch 1 float32[2]", "Return the same"),
+        lambda key: gen(lambda: trace("which", Switch((unit, two_of_them)))(0)).simulate(key, ()),
+    ),
+    Row(
+        "branches with different choices at one address",
+        errors.BranchMismatchError,
+        has('("which", "x")', "branch 0 has float32[]", "branch 1 float32[2]", "different addresses"),
+        lambda key: gen(lambda: trace("which", Switch((unit, their_sum)))(0)).simulate(key, ()),
+    ),
+    *(
+        Row(
+            f"a wrong {what} of a {name}",
+            errors.ArgumentError,
+            has(f'{name} at "which"', *parts),
+            lambda key, model=model, args=args: gen(lambda: trace("which", model)(*args)).simulate(key, ()),
+        )
+        for name, model, what, args, parts in [
+            ("Switch", Switch((unit, unit)), "index", (0.5,), ("one integer", "0.5", "use `Cond`")),
+            ("Switch", Switch((unit, unit)), "number of branches", (2,), ("is 2", "2 branches")),
+            ("Switch", Switch((line, line), own_arguments=True), "argument", (0, 0.5, 0.5), ("one tuple", "float")),
+            ("Cond", Cond(unit, unit), "predicate", (1,), ("one boolean", "got 1", "comparison")),
+            ("OrElse", OrElse(unit, line), "number of arguments", (True, ()), ("one tuple", "2 in all; got 1")),
+            ("Mask", Mask(unit), "flag", (XS > 1,), ("one boolean", "bool[3]", "use `Map`")),
+            ("Mix", Mix((unit, unit)), "weight", (XS, (), ()), ("shape (3,)", "2 components")),
+            ("Product", Product((unit, unit)), "number of arguments", ((),), ("one tuple", "2 in all; got 1")),
+        ]
+    ),
+    # Random parameters -------------------------------------------------------------------------------------------
+    Row(
+        "a prior of a parameter that is not there",
+        errors.ParameterPathError,
+        has('"kernl"', "no parameter there", 'Did you mean "kernel"?'),
+        lambda key: gen(lambda: trace("net", dense_prior)(XS)).simulate(key, ()),
+    ),
+    Row(
+        "a parameter without a prior",
+        errors.ParameterPathError,
+        has('("net", "bias")', "selected and has no prior"),
+        lambda key: gen(lambda: trace("net", half_a_prior)(XS)).simulate(key, ()),
+    ),
     # Objectives --------------------------------------------------------------------------------------------------
     Row(
-        "a guide without reparameterisation",
+        "a guide without reparameterisation where it is needed",
         errors.NotReparameterizedError,
-        has('("z", "kind")', "Bernoulli", "reparameterized=True"),
-        lambda key: ELBO(joint, discrete_guide).init(key, {"x": 1.0}),
+        has('("z", "kind")', "Bernoulli", "sticking the landing", "switch that off"),
+        lambda key: ELBO(joint, discrete_guide, sticking_the_landing=True).init(key, {"x": 1.0}),
+    ),
+    Row(
+        "a demanded reparameterisation that is none",
+        errors.NotReparameterizedError,
+        has('"z"', "Bernoulli", "REINFORCE", "reparameterized=True"),
+        lambda key: gen(lambda: trace("z", Reparameterized(Bernoulli))(0.0)).simulate(key, ()),
+    ),
+    Row(
+        "an enumeration of too many values",
+        errors.EnumerationError,
+        has('"z"', "ENUM(Bernoulli)", "2^20", "REINFORCE"),
+        lambda key: ELBO(gen(lambda: trace("z", Bernoulli)(jnp.zeros(20))), enumerated_guide).apply(
+            {}, {}, rngs={"choice": key}
+        ),
     ),
     Row(
         "a latent that the guide lacks",
@@ -950,6 +1043,31 @@ ROWS = [
         errors.MissingStreamError,
         has("noise", '"choice"', "rngs="),
         lambda key: Layer().apply({}, 1.0),
+    ),
+    # Training ----------------------------------------------------------------------------------------------------
+    Row(
+        "arrays of different lengths",
+        errors.TrainingDataError,
+        has("data['x'] has 3", "data['y'] has 4"),
+        lambda key: gjflax.batches({"x": np.zeros(3), "y": np.zeros(4)}),
+    ),
+    Row(
+        "training in vain",
+        errors.NonFiniteGradientError,
+        has("last 100 of 250 steps", "clip_by_global_norm"),
+        lambda key: require_some_finite(100, 120, 250, last=False),
+    ),
+    Row(
+        "a checkpoint of another run",
+        errors.CheckpointError,
+        has("runs/1", "data/elements was 10 and is 9", "another directory"),
+        lambda key: require_same({"data": {"elements": 10}}, {"data": {"elements": 9}}, "runs/1"),
+    ),
+    Row(
+        "a package that is not installed",
+        errors.MissingDependencyError,
+        has("Drawing needs `no_such_module`", "pip install no-such-package"),
+        lambda key: require("no_such_module", "Drawing", "no-such-package"),
     ),
     # What a generative function does not say ---------------------------------------------------------------------
     *(

@@ -20,15 +20,26 @@ from scipy import stats
 
 import gjflax
 from gjflax import (
+    AddressMap,
     Bernoulli,
     Categorical,
+    Cond,
+    Dimap,
     Exponential,
+    FlaxModule,
     GenModule,
+    Inline,
+    Laplace,
     Map,
+    Mix,
     MultivariateNormalTriL,
     Normal,
+    Product,
+    RandomParams,
     TrainCombinator,
     gen,
+    inline,
+    select,
     trace,
 )
 
@@ -402,6 +413,261 @@ def _calls_learned_terms(c, a, p):
 
 calls_learned = Case("calls learned", _calls_learned, (_x[:2],), (_x[:2] + 1.0,), _calls_learned_terms)
 
+# Flax modules ---------------------------------------------------------------------------------------------------------
+
+
+@gen
+def _calls_module(x):
+    h = trace("h", FlaxModule(nn.Dense(3)))(x)
+    z = trace("z", Normal)(jnp.tanh(h), 0.7)
+    return trace("y", Map(FlaxModule(nn.Dense(2)), in_axes=0))(jnp.stack([z, h]))
+
+
+def _calls_module_terms(c, a, p):
+    (x,) = a
+    return {("z",): normal(c["z",], np.tanh(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]), 0.7)}
+
+
+calls_module = Case("network as a callee", _calls_module, (_x,), (_x - 0.7,), _calls_module_terms)
+
+_prior = {"kernel": (Normal, lambda scale: (0.2, scale)), "bias": (Exponential, (1.5,))}
+random_weights = Case(
+    "random weights",
+    RandomParams(nn.Dense(2), _prior, num_hyperparameters=1),
+    (jnp.float32(0.6), _x),
+    (jnp.float32(1.7), _x - 0.7),
+    lambda c, a, p: {
+        ("kernel",): normal(c["kernel",], 0.2, a[0]),
+        ("bias",): stats.expon.logpdf(np.float64(c["bias",]), scale=1 / 1.5),
+    },
+)
+
+
+class Bayesian(GenModule):
+    """A network with random first weights, whose scale is random and whose other parameters are learned."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = trace("scale", Exponential)(2.0)
+        net = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)])
+        prior = (Normal, lambda scale: (0.0, scale))
+        mean = trace("net", RandomParams(net, prior, select(("layers_0", "kernel")), num_hyperparameters=1))(scale, x)
+        return trace("y", Normal)(mean, 0.5)
+
+
+def _bayesian_terms(c, a, p):
+    (x,) = a
+    kernel = np.float64(c["net", "layers_0", "kernel"])
+    h = np.tanh(np.einsum("...i,...ij->...j", x, kernel) + p["Dense_0"]["bias"])
+    mean = h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
+    return {
+        ("scale",): stats.expon.logpdf(np.float64(c["scale",]), scale=1 / 2.0),
+        ("net", "layers_0", "kernel"): normal(kernel, 0.0, np.float64(c["scale",])[..., None, None]),
+        ("y",): normal(c["y",], mean, 0.5),
+    }
+
+
+bayesian = Case("random weights in a body", Bayesian(), (_x,), (_x - 0.7,), _bayesian_terms)
+mapped_bayesian = Case(
+    "mapped random weights", Map(Bayesian(), in_axes=0), (_xs,), (_xs - 0.7,), _bayesian_terms, length=4
+)
+
+# Other arguments, other addresses ----------------------------------------------------------------------------------------
+
+dimapped = Case(
+    "dimap",
+    Dimap(
+        _chain,
+        pre=lambda loc, size: (2.0 * size["of"] + loc**2,),
+        post=lambda args, inner_args, y: {"y": y + args[0], "rate": inner_args[0]},
+    ),
+    (jnp.float32(0.5), {"of": jnp.float32(0.8)}),
+    (jnp.float32(-1.5), {"of": jnp.float32(0.3)}),
+    lambda c, a, p: _chain_terms(c, (2 * a[1]["of"] + a[0] ** 2,), p),
+    discrete=(("coin",),),
+)
+
+mapped_dimapped_network = Case(
+    "mapped dimap of a network",
+    Map(Dimap(Decoder(), pre=lambda x, shift: (x - shift,), post=lambda args, inner_args, y: y * args[1])),
+    (_xs, jnp.arange(4.0)),
+    (_xs - 0.7, jnp.arange(4.0) ** 2),
+    lambda c, a, p: _decoder_terms(c, (a[0] - a[1][:, None],), p),
+)
+
+
+def _under_names(pairs: dict[Address, Address], terms: Any) -> Any:
+    """The terms of an inner function, for choices that have other names: pairs of new and old addresses."""
+
+    def renamed(values: Any, pairs: Any) -> Any:
+        result = {}
+        for address, value in values.items():
+            moved = [(new, old) for old, new in pairs if address[: len(old)] == old]
+            result[(*moved[0][0], *address[len(moved[0][1]) :]) if moved else address] = value
+        return result
+
+    def outer(c, a, p):
+        return renamed(terms(renamed(c, pairs.items()), a, p), [(old, new) for new, old in pairs.items()])
+
+    return outer
+
+
+_new_names = {
+    ("middle",): ("left", "loc"),
+    ("left", "loc"): ("middle",),
+    ("r",): ("right",),
+    ("deep", "k"): ("left", "scale"),
+}
+renamed = Case(
+    "other addresses",
+    AddressMap(_outer, _new_names),
+    (jnp.float32(1.5),),
+    (jnp.float32(3.0),),
+    _under_names(_new_names, _outer_terms),
+    discrete=(("left", "coin"), ("r", "coin")),
+)
+
+_of_twice = {("z",): ("first", "z"), ("second", "z"): ("first", "y"), ("mean", "of"): ("second", "z")}
+_of_twice |= {("out",): ("second", "y"), ("w",): ("free", "y"), ("free", "v"): ("free", "z")}
+renamed_networks = Case(
+    "networks with other addresses",
+    AddressMap(Twice(), _of_twice),
+    (_x,),
+    (_x - 0.7,),
+    _under_names(_of_twice, _twice_terms),
+)
+
+_level_up = {(name,): ("left", name) for name in ("scale", "loc", "coin", "y")}
+level_up = Case(
+    "a level less",
+    Inline(_outer, "left"),
+    (jnp.float32(1.5),),
+    (jnp.float32(3.0),),
+    _under_names(_level_up, _outer_terms),
+    discrete=(("coin",), ("right", "coin")),
+)
+
+_map_up = {("z",): ("free", "z"), ("y",): ("free", "y")}
+map_up = Case("a map's level less", Inline(Twice(), "free"), (_x,), (_x - 0.7,), _under_names(_map_up, _twice_terms))
+
+
+@gen
+def _pasted(x):
+    left = inline(_chain)(x)
+    middle = trace("middle", Normal)(left, 0.5)
+    return trace("right", _chain)(1.0 + middle**2)
+
+
+inlined = Case(
+    "inlined",
+    _pasted,
+    (jnp.float32(1.5),),
+    (jnp.float32(3.0),),
+    _under_names(_level_up, _outer_terms),
+    discrete=(("coin",), ("right", "coin")),
+)
+
+
+@gen
+def _head(x):
+    return trace(("out", "w"), Normal)(nn.Dense(2)(x), 0.4)
+
+
+@gen
+def _body(x):
+    return inline(_head)(x) + trace(("out", "v"), Normal)(nn.Dense(2)(x), 0.9)
+
+
+class Spliced(GenModule):
+    """A module's own decoder inlined and called, and free callees inlined, one in another."""
+
+    def setup(self):
+        self.decoder = Decoder()
+
+    @nn.compact
+    def __call__(self, x):
+        first = inline(self.decoder)(x)
+        second = trace("second", self.decoder)(first)
+        return inline(_body)(second)
+
+
+def _spliced_terms(c, a, p):
+    def dense(layer, x):
+        return np.einsum("...i,...ij->...j", x, layer["kernel"]) + layer["bias"]
+
+    decoder, body = p["decoder"], p["_body_0"]
+    first = _decoder_terms({k: c[k] for k in (("z",), ("y",))}, a, decoder)
+    second = _decoder_terms({k[1:]: v for k, v in c.items() if k[0] == "second"}, (np.float64(c["y",]),), decoder)
+    means = np.float64(c["second", "y"])
+    return (
+        first
+        | {("second", *k): v for k, v in second.items()}
+        | {
+            ("out", "w"): normal(c["out", "w"], dense(body["_head_0"]["Dense_0"], means), 0.4),
+            ("out", "v"): normal(c["out", "v"], dense(body["Dense_0"], means), 0.9),
+        }
+    )
+
+
+inlined_networks = Case("inlined networks", Spliced(), (_x,), (_x - 0.7,), _spliced_terms)
+remat_inlined = Case("remat of inlined networks", nn.remat(Spliced)(), (_x,), (_x - 0.7,), _spliced_terms)
+
+_of_spliced = {("u",): ("z",), ("v",): ("second", "z"), ("o",): ("out",)}
+all_in_each_other = Case(
+    "dimap, other addresses and a level less, in each other",
+    Map(
+        Inline(
+            AddressMap(
+                Dimap(Spliced(), pre=lambda x, size: (size * x,)),
+                {("part", "u"): "z", ("part", "v"): ("second", "z"), "o": "out"},
+            ),
+            "part",
+        ),
+        in_axes=(0, None),
+    ),
+    (_xs, jnp.float32(0.5)),
+    (_xs - 0.7, jnp.float32(-0.8)),
+    _under_names(_of_spliced, lambda c, a, p: _spliced_terms(c, (a[1] * a[0],), p)),
+)
+
+# Branches, without choices that may be absent: those have tests of their own ---------------------------------------------
+
+_mix_args = (jnp.array([0.4, -0.3]), (_x, jnp.float32(0.7)), (_x - 1.0, jnp.float32(1.8)))
+_mix_other = (jnp.array([-0.5, 0.2]), (_x + 0.5, jnp.float32(1.1)), (_x, jnp.float32(0.6)))
+
+
+def _mixture_terms(c, a, p):
+    logits, *own = a
+    number = int(c["component",])
+    return {
+        ("component",): logits[number] - np.logaddexp(*logits),
+        ("value",): normal(c["value",], *own[number]),
+    }
+
+
+mixture = Case("mixture", Mix((Normal, Normal)), _mix_args, _mix_other, _mixture_terms, discrete=(("component",),))
+
+flipped = Case(
+    "a flag that flips",
+    Cond(Normal, Laplace),
+    (jnp.array(True), _x, jnp.float32(0.7)),
+    (jnp.array(False), _x - 1.0, jnp.float32(1.8)),
+    lambda c, a, p: {(): (normal if a[0] else stats.laplace.logpdf)(np.float64(c[()]), *a[1:])},
+)
+
+side_by_side = Case(
+    "product",
+    Product({"mixture": Mix((Normal, Normal)), "chain": _chain}),
+    (_mix_args, (jnp.float32(2.0),)),
+    (_mix_other, (jnp.float32(0.8),)),
+    lambda c, a, p: {
+        (name, *address): value
+        for name, terms, args in (("mixture", _mixture_terms, a[0]), ("chain", _chain_terms, a[1]))
+        for address, value in terms({k[1:]: v for k, v in c.items() if k[0] == name}, args, p).items()
+    },
+    discrete=(("mixture", "component"), ("chain", "coin")),
+)
+
 CASES = [
     scalar,
     vector,
@@ -422,9 +688,26 @@ CASES = [
     mapped_learned,
     learned_network,
     calls_learned,
+    calls_module,
+    random_weights,
+    bayesian,
+    mapped_bayesian,
+    mixture,
+    flipped,
+    side_by_side,
+    dimapped,
+    mapped_dimapped_network,
+    renamed,
+    renamed_networks,
+    level_up,
+    map_up,
+    inlined,
+    inlined_networks,
+    remat_inlined,
+    all_in_each_other,
 ]
 
-QUICK = (scalar, chain, vectors, regression, grid, network, mapped_network, learned, mapped_learned)
+QUICK = (scalar, chain, vectors, regression, grid, network, mapped_network, learned, mapped_learned, bayesian)
 """The cases of the default tests. The others carry the marker `slow`: they combine what these have one by one."""
 
 
