@@ -6,10 +6,21 @@ With inner density p(t; x) and n elements,
 
 so scores and weights are sums over the elements. Choices are those of the inner function, with a leading axis of n.
 Constraints may be given for all elements (arrays with that axis) or for some (`VectorChoiceMap` with indices).
+
+**Minibatches.** Where the n elements are a batch from a population of N (``total=N``), the map stands for all of it:
+
+    log p(t; x) = N/n · Σ_i log p(t_i; x_i),
+
+so over batches drawn uniformly the score, every weight and the log |det J| of a change of variables have the
+population's sums as their expectation, and so have their gradients. A model and a guide that both say ``total=N`` give
+an unbiased estimate of every objective that is linear in the log weight, for choices that all elements share (outside of
+the map) and for those of each element (inside). Such a map is a stand-in for a sum, not a normalised density: it serves
+stochastic gradients, and weights of a sampler need all elements.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,6 +61,7 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.in_place import chosen_leaves, remember, take_elements
 from gjflax.core.lifting import share_inner_scope, vmap_module
 from gjflax.core.masked import Masked, has_masked
+from gjflax.core.outline import PLATE, Group, Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, leafwise, plain, total
@@ -75,23 +87,30 @@ class MapTrace(Trace):
         return self.inner.get_retval()
 
     def get_score(self) -> Score:
-        return sum_elements(self.inner.get_score())
+        return self._whole(sum_elements(self.inner.get_score()))
 
     def project(self, selection: Selection) -> Score:
         if not selection.mentions_indices:
-            return sum_elements(self.inner.project(selection))
+            return self._whole(sum_elements(self.inner.project(selection)))
         parts = [
             self.inner.project(subselection)[..., positions]
             for subselection, positions in by_selection(selection, self.length)
             if not subselection.is_empty and jnp.ndim(self.inner.project(subselection))
         ]
-        return total([sum_elements(part) for part in parts])
+        return self._whole(total([sum_elements(part) for part in parts]))
 
     def strip(self) -> ChoiceMap:
         return vector(range(self.length), self.inner.strip())
 
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
-        return self.inner.leaves(prefix)
+        """The traces of the single choices, with the scores of the elements at hand; see `multiplicity`."""
+        leaves = self.inner.leaves(prefix)
+        factor = self._whole(1.0)
+        return leaves if factor == 1.0 else [(address, _counted(leaf, factor)) for address, leaf in leaves]
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        parts = self.inner.outline(prefix)
+        return (Group(PLATE, prefix, type(self.gen_fn).__name__, parts, self.length, self.gen_fn.total),)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         if selection.mentions_indices:
@@ -100,7 +119,10 @@ class MapTrace(Trace):
                 f"{show_address(current_address())} names elements {sorted(selection.indices)}."
             )
         choices, log_det = jax.vmap(lambda inner: inner.unconstrain(selection))(self.inner)
-        return vector(range(self.length), choices), sum_elements(log_det)
+        return vector(range(self.length), choices), self._whole(sum_elements(log_det))
+
+    def _whole(self, of_elements: Any) -> Any:
+        return self.gen_fn._of_population(of_elements, self.length)
 
     def get_subtree(self, address: Any) -> Any:
         return self.strip().get_subtree(address)
@@ -111,6 +133,28 @@ class MapTrace(Trace):
             return leafwise(accepted, self, old)
         args = chosen_leaves(accepted, self.args, old.args, written["args"])
         return MapTrace(self.gen_fn, args, written["inner"].chosen(accepted, self.inner), self.length)
+
+
+def multiplicity(leaf: Trace) -> float:
+    """How often the score of a choice counts in the score of the trace that gave it among its ``leaves()``.
+
+    It is N/n for a choice in a `Map` of n elements with ``total=N``, a product of these in nested maps, and else 1. The
+    choice's own score stays log q of its value, which is what a score-function gradient differentiates. A JAX
+    transformation of the leaf forgets it.
+
+    >>> import gjflax, jax, jax.numpy as jnp
+    >>> batch = gjflax.Map(gjflax.Normal, in_axes=(0, None), total=12)
+    >>> key, tr = batch.simulate(jax.random.key(0), (jnp.arange(3.0), 1.0))
+    >>> [multiplicity(leaf) for _, leaf in tr.leaves()]
+    [4.0]
+    """
+    return getattr(leaf, "_multiplicity", 1.0)
+
+
+def _counted(leaf: Trace, factor: float) -> Trace:
+    counted = copy.copy(leaf)
+    object.__setattr__(counted, "_multiplicity", factor * multiplicity(leaf))
+    return counted
 
 
 class Map(GenerativeFunction):
@@ -126,9 +170,12 @@ class Map(GenerativeFunction):
         of its own. Other collections are shared.
       split_rngs: as in ``nn.vmap``. By default all streams but "params" are split; where "params" has an axis
         it must be split too.
+      total: the size N of the population that the n elements are a batch of: scores and weights count N/n times. By
+        default the elements are all there are.
 
     Raises:
-      ArgumentError: if the axes do not fit the arguments, or the mapped axes have different lengths.
+      ArgumentError: if the axes do not fit the arguments, the mapped axes have different lengths, or there are more
+        elements than `total`.
 
     >>> import gjflax, jax, jax.numpy as jnp
     >>> points = gjflax.Map(gjflax.Normal, in_axes=(0, None))
@@ -137,6 +184,13 @@ class Map(GenerativeFunction):
     VectorChoiceMap
     ├── indices: i32[3]
     └── inner: f32[3]
+
+    A batch of 3 of 12 counts four times:
+
+    >>> batch = gjflax.Map(gjflax.Normal, in_axes=(0, None), total=12)
+    >>> key, (retval, score) = batch.assess(jax.random.key(0), tr.strip(), tr.get_args())
+    >>> bool(jnp.isclose(score, 4 * tr.get_score()))
+    True
     """
 
     trace_type = MapTrace
@@ -146,6 +200,7 @@ class Map(GenerativeFunction):
     repeats: int | None = None
     variable_axes: Any = None
     split_rngs: Any = None
+    total: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, GenerativeFunction):
@@ -153,6 +208,9 @@ class Map(GenerativeFunction):
         repeats = self.repeats
         if repeats is not None and (not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1):
             raise ArgumentError(f"`repeats` is a positive integer; got {repeats!r}.")
+        size = self.total
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ArgumentError(f"`total` is the size of the population, a positive integer; got {size!r}.")
         # Lists and dicts do not hash, and a module that does not hash cannot be a static part of a trace.
         for name in ("in_axes", "variable_axes", "split_rngs"):
             object.__setattr__(self, name, hashable(getattr(self, name)))
@@ -183,7 +241,7 @@ class Map(GenerativeFunction):
         weights, inner = lifted(self.inner, keys, given, args)
         if indices is not None and isinstance(indices, Tracer):
             weights = weights + out_of_range(indices, length)
-        return key, (sum_elements(weights), self._trace(args, inner, length))
+        return key, (self._of_population(sum_elements(weights), length), self._trace(args, inner, length))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
@@ -198,7 +256,7 @@ class Map(GenerativeFunction):
         function = with_options(assess_element, strict)
         keys = jax.random.split(key, length)
         retval, scores = self._lifted(function, length, (0, 0, self._axes(args)))(self.inner, keys, given, args)
-        return key, (plain(retval), sum_elements(scores))
+        return key, (plain(retval), self._of_population(sum_elements(scores), length))
 
     def update(
         self,
@@ -231,7 +289,7 @@ class Map(GenerativeFunction):
             else:
                 discard = vector(which, change.update_some(indices, given, **run))
         retdiff, new = self._changed(change)
-        return change.key, (retdiff, change.weight(), new, discard)
+        return change.key, (retdiff, self._of_population(change.weight(), trace.length), new, discard)
 
     def regenerate(
         self,
@@ -252,7 +310,7 @@ class Map(GenerativeFunction):
                 if not subselection.is_empty or change.everywhere or change.moved is not None:
                     change.regenerate_some(positions, subselection, param_diff)
         retdiff, new = self._changed(change)
-        return change.key, (retdiff, change.weight(), new)
+        return change.key, (retdiff, self._of_population(change.weight(), length), new)
 
     def constrain(
         self, unconstrained: ChoiceMap, args: Arguments, *, fixed: ChoiceMap | None = None
@@ -265,7 +323,7 @@ class Map(GenerativeFunction):
         choices, log_det = self._lifted(constrain_element, length, (0, 0, self._axes(args)))(
             self.inner, given, held, args
         )
-        return vector(range(length), choices), sum_elements(log_det)
+        return vector(range(length), choices), self._of_population(sum_elements(log_det), length)
 
     @nn.nowrap
     def variables_of(self, trace: Any) -> Mapping[str, Any]:
@@ -275,7 +333,18 @@ class Map(GenerativeFunction):
         first = {name: jax.tree.map(lambda leaf: leaf[0], of_elements[name]) for name in shared}
         return {**of_elements, **first}
 
+    @nn.nowrap
+    def argument_names(self) -> tuple[str, ...]:
+        return self.inner.argument_names()
+
     # Inside -----------------------------------------------------------------------------------------------------
+
+    @nn.nowrap
+    def _of_population(self, of_elements: Any, length: int) -> Any:
+        """What a sum over so many elements says of all `total`."""
+        if self.total is None or self.total == length:
+            return of_elements
+        return of_elements * (self.total / length)
 
     @nn.nowrap
     def _trace(self, args: Arguments, inner: Trace, length: int) -> MapTrace:
@@ -326,7 +395,13 @@ class Map(GenerativeFunction):
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{path}: {length}" for path, length in lengths.items())
             raise ArgumentError(f"The mapped arguments of a Map have different lengths ({listed}).")
-        return next(iter(lengths.values()))
+        length = next(iter(lengths.values()))
+        if self.total is not None and length > self.total:
+            raise ArgumentError(
+                f"The Map at {show_address(current_address())} has {length} elements, more than the population that they "
+                f"are a batch of: `total` is {self.total}. Give the number of all data points."
+            )
+        return length
 
     @nn.nowrap
     def _same_length(self, args: Arguments, trace: MapTrace) -> int:
@@ -390,7 +465,12 @@ def _discarded(discard: ChoiceMap, given: ChoiceMap, which: Any, indices: Any, t
         return vector(range(trace.length), discard)
     part = take_elements(discard, indices)
     if not has_masked(given):
-        part = jax.tree.map(lambda masked: masked.value, part, is_leaf=lambda value: isinstance(value, Masked))
+        # Indices of a map in the map are no masked values.
+        part = jax.tree.map(
+            lambda value: value.value if isinstance(value, Masked) else value,
+            part,
+            is_leaf=lambda value: isinstance(value, Masked),
+        )
     return vector(which, part)
 
 

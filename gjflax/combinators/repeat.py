@@ -4,7 +4,8 @@ With inner density p(t; x),
 
     p(t_1, …, t_n; x) = Π_i p(t_i; x),   retval (f(t_1, x), …, f(t_n, x)) stacked:
 
-a `Map` in which no argument is mapped. By de Finetti's theorem this is how exchangeable data are modelled.
+a `Map` in which no argument is mapped. By de Finetti's theorem this is how exchangeable data are modelled; n of them, drawn
+from N, stand for all with ``total=N``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Repeat(Map):
       repeats: the number of runs.
       variable_axes: axes of Flax collections, as in `Map`: ``{"params": 0}`` gives every run parameters of its own.
       split_rngs: as in `Map`.
+      total: the size of the population that the runs are a batch of, as in `Map`.
 
     Raises:
       ArgumentError: if `repeats` is not a positive integer.

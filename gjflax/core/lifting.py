@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core.scope import DenyList, intersect_filters, subtract_filters
 
 from gjflax.core.masked import where
@@ -70,20 +71,40 @@ def vmap_module(
 ) -> Callable[..., Any]:
     """``nn.vmap`` of a function of a module and arguments, with defaults for every collection and rng stream.
 
-    Collections are shared, but those in `SOWN`, which are stacked, and those that `variable_axes` names. Streams are
-    split, but "params" only where the parameters have an axis.
+    Collections are shared, but those in `SOWN`, which are stacked, and those that `variable_axes` names. What the
+    elements write to a shared collection (running statistics) is averaged over them. Streams are split, but "params"
+    only where the parameters have an axis.
     """
     own_axes = dict(variable_axes or {})
     stacked = tuple(name for name in SOWN if name not in own_axes)
     own_splits = {"params": own_axes.get("params") is not None, **(split_rngs or {})}
     lift: Any = nn.vmap
+    axis = object()
     return lift(
-        function,
+        _averaging(function, ("params", *own_axes, *stacked), axis),
         variable_axes={**own_axes, **dict.fromkeys(stacked, 0), DenyList((*own_axes, *stacked)): None},
         split_rngs={**own_splits, DenyList(tuple(own_splits)): True},
         in_axes=in_axes,
         axis_size=length,
+        axis_name=axis,
     )
+
+
+def _averaging(function: Callable[..., Any], apart: tuple[str, ...], axis: Any) -> Callable[..., Any]:
+    """The function of one element, after which the collections that all elements share hold the mean of what each wrote."""
+
+    def run(module: Any, *args: Any) -> Any:
+        if module.scope is None or module.is_initializing():
+            return function(module, *args)
+        before = _mutable_variables(module)
+        result = function(module, *args)
+        for root, variables in before:
+            for name, collection in root.mutable_variables().items():
+                if name not in apart:
+                    _average(collection, variables.get(name, {}), axis)
+        return result
+
+    return run
 
 
 def scan_module(
@@ -132,14 +153,38 @@ def written_where(module: Any, flag: Any, run: Callable[[], Any]) -> Any:
     """
     if module.scope is None or module.is_initializing():
         return run()
-    roots = {id(part.scope.root): part.scope.root for part in _modules_in(module, None)}.values()
-    before = [(root, jax.tree.map(lambda leaf: leaf, root.mutable_variables())) for root in roots]
+    before = _mutable_variables(module)
     result = run()
     for root, variables in before:
         for name, collection in root.mutable_variables().items():
             if name not in SOWN:
                 _choose(collection, variables.get(name, {}), flag)
     return result
+
+
+def _mutable_variables(module: Any) -> list[tuple[Any, Any]]:
+    """The roots of the scopes of a module and of those that it holds, each with its mutable variables as they are now."""
+    roots = {id(part.scope.root): part.scope.root for part in _modules_in(module, None)}.values()
+    return [(root, jax.tree.map(lambda leaf: leaf, root.mutable_variables())) for root in roots]
+
+
+def _average(new: Any, old: Any, axis: Any) -> None:
+    """Put the mean over the mapped axis where a collection was written to. In place, as in `_choose`.
+
+    What is not floating point (a counter of calls) is the same for all elements, or Flax says that it is not.
+    """
+
+    def mean(leaf: Any, before: Any) -> Any:
+        written = leaf is not before and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jax.lax.pmean(leaf, axis) if written else leaf
+
+    for name, value in new.items():
+        if isinstance(value, dict):
+            _average(value, old.get(name, {}), axis)
+        elif name in old:
+            new[name] = jax.tree.map(mean, value, old[name])
+        else:
+            new[name] = jax.tree.map(lambda leaf: mean(leaf, None), value)
 
 
 def _choose(new: Any, old: Any, flag: Any) -> None:
