@@ -46,6 +46,7 @@ from gjflax.core.pytree import STATIC, Pytree
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, strong
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.core.watching import watched
 from gjflax.distributions.arguments import free_promotion, site, wider
 
 
@@ -202,7 +203,8 @@ class _AppliedSubclass(Applied):
                 f"`sample` of {site(self._distribution.label)} returned a {type(value).__name__}, and a choice is one "
                 "array. Write a generative function with one choice for each part."
             )
-        return strong(value)
+        # The derivative of a draw counts only where it is declared to be that of the choice.
+        return strong(value) if self.reparameterized else lax.stop_gradient(strong(value))
 
     def logpdf(self, value: Any) -> Any:
         logpdf = jnp.asarray(self._distribution.logpdf(value, *self._args))
@@ -320,7 +322,7 @@ class Distribution(GenerativeFunction, metaclass=_OfFunctions):
 
     @nn.nowrap
     def simulate(self, key: PRNGKey, args: Arguments) -> tuple[PRNGKey, DistributionTrace]:
-        return self._draw(key, args, self.at(args))
+        return watched(lambda args: self._draw(key, args, self.at(args)), args)
 
     @nn.nowrap
     def importance(

@@ -174,14 +174,21 @@ def _compiled_logpdf(call: _Call, structure: Any, value: Any, *leaves: Any) -> A
     return _logpdf(call.build(jax.tree.unflatten(structure, leaves)), value)
 
 
+def _is_reparameterized(distribution: Any) -> bool:
+    return distribution.reparameterization_type == _tfd().FULLY_REPARAMETERIZED
+
+
 @functools.lru_cache(maxsize=4096)
-def _cached_template(call: _Call, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.ShapeDtypeStruct:
-    """The template for values of this structure, with leaves of these shapes and dtypes."""
+def _cached_type(
+    call: _Call, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[jax.ShapeDtypeStruct, bool]:
+    """The template, and whether draws are reparameterised, for values of this structure with leaves of these types."""
     found = []
 
     def probe(*leaves: Any) -> None:
         with free_promotion():
-            found.append(_template_of(call.build(jax.tree.unflatten(structure, leaves))))
+            distribution = call.build(jax.tree.unflatten(structure, leaves))
+            found.append((_template_of(distribution), _is_reparameterized(distribution)))
 
     jax.eval_shape(probe, *shapes)
     return found[0]
@@ -222,9 +229,13 @@ class _AppliedTFP(Applied):
         if not self._compiles:
             with free_promotion():
                 return _template_of(self._distribution)
+        return self._type[0]
+
+    @property
+    def _type(self) -> tuple[jax.ShapeDtypeStruct, bool]:
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._leaves)
         try:
-            return _cached_template(self._call, self._structure, shapes)
+            return _cached_type(self._call, self._structure, shapes)
         except (ValueError, TypeError) as error:
             raise self._explained(error) from error
 
@@ -242,16 +253,19 @@ class _AppliedTFP(Applied):
 
     @property
     def reparameterized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._distribution.reparameterization_type == _tfd().FULLY_REPARAMETERIZED
+        if not self._compiles:
+            return _is_reparameterized(self._distribution)
+        return self._type[1]
 
     def sample(self, key: PRNGKey) -> Any:
+        # A draw without a reparameterisation may have a derivative all the same, that of a part of it: a mixture's
+        # component, say. It is not the derivative of the choice.
         if self._compiles:
-            leaves = self._leaves
-            if not jnp.issubdtype(self.template.dtype, jnp.floating):
-                leaves = map(lax.stop_gradient, leaves)
+            leaves = self._leaves if self.reparameterized else map(lax.stop_gradient, self._leaves)
             return _compiled_sample(self._call, self._structure, key, *leaves)
         with free_promotion():
-            return _sample(self._distribution, key)
+            value = _sample(self._distribution, key)
+            return value if self.reparameterized else lax.stop_gradient(value)
 
     def logpdf(self, value: Any) -> Any:
         if self._compiles:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learning.gradients import assert_unbiased, variance
 
 import gjflax
 from gjflax import ELBO, Bernoulli, Exponential, GenModule, Map, Normal, distribution, gen, trace
@@ -254,12 +255,12 @@ def coins():
     return trace(("deep", "coin"), Bernoulli)(probs=0.5)
 
 
-def test_a_choice_without_reparameterisation_is_refused_wherever_it_stands():
+def test_sticking_the_landing_refuses_a_choice_without_reparameterisation_wherever_it_stands():
     @gen
     def nested():
         return trace("outer", Map(coins, repeats=2))()
 
-    objective = ELBO(nested, nested)
+    objective = ELBO(nested, nested, sticking_the_landing=True)
     with pytest.raises(gjflax.NotReparameterizedError, match=r'"outer", "deep", "coin"\) \(Bernoulli'):
         jax.eval_shape(lambda: objective.init(KEY, {}))
 
@@ -285,8 +286,10 @@ def test_a_distribution_of_ones_own_says_whether_it_is_reparameterised():
             epsilon = (2 * drawn - 1.5**2) / 3.0
             np.testing.assert_allclose(jax.grad(loss)(1.5), 1.5 + epsilon, rtol=1e-4)
         else:
-            with pytest.raises(gjflax.NotReparameterizedError, match="reparameterized=True"):
-                loss(1.5)
+            # Else it has the score function, z − loc, times the cost: (ε² − z²) / 2 for the loss, and ∇ log q itself.
+            drawn = loss(1.5)
+            epsilon = (2 * drawn - 1.5**2) / 3.0
+            np.testing.assert_allclose(jax.grad(loss)(1.5), epsilon * drawn + epsilon, rtol=1e-4)
 
 
 def test_untraced_randomness_of_a_guide_differs_between_samples():
@@ -301,3 +304,173 @@ def test_untraced_randomness_of_a_guide_differs_between_samples():
     streams = {"choice": KEY, "noise": KEY}
     _, state = objective.apply({}, {}, rngs=streams, mutable=["intermediates"])
     assert len(np.unique(state["intermediates"]["guide"]["shift"][0])) == 4
+
+
+# Its options -----------------------------------------------------------------------------------------------------------
+
+
+def gradients(num_draws: int, params: Any = PARAMS, **options: Any) -> Any:
+    """Draws of the loss and its gradient."""
+    objective = ELBO(Model(), Guide(), **options)
+
+    def loss(params: Any, key: Any) -> Any:
+        return objective.apply({"params": params}, OBSERVED, rngs={"choice": key})
+
+    keys = jax.random.split(KEY, num_draws)
+    return jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(params, keys)
+
+
+def test_sticking_the_landing_has_no_variance_at_the_posterior():
+    mean = PARAMS["model"]["mean"]
+    params = {"model": {"mean": mean}, "guide": exact_posterior(mean)}
+    _, grads = gradients(8, params, sticking_the_landing=True)
+    for leaf in jax.tree.leaves(grads["guide"]):
+        np.testing.assert_allclose(leaf, np.zeros_like(leaf), atol=2e-5)
+    _, others = gradients(8, params)
+    assert np.std(others["guide"]["log_scale"]) > 0.1
+
+
+def test_sticking_the_landing_is_unbiased_and_keeps_the_value():
+    """4 standard errors of 10,000 draws, at parameters that are not optimal."""
+    _, grads = gradients(10_000, sticking_the_landing=True)
+    want = jax.grad(lambda params: -exact_bound(params))(PARAMS)
+    assert_unbiased(grads, jax.tree.map(np.asarray, want))
+    np.testing.assert_allclose(
+        ELBO(Model(), Guide(), sticking_the_landing=True).apply({"params": PARAMS}, OBSERVED, rngs={"choice": KEY}),
+        run(1)[0],
+        rtol=1e-5,
+    )
+
+
+def test_an_analytic_divergence_by_hand():
+    """log p(x | z) is sampled, and KL(q || p) of Gaussians is a formula."""
+    params = PARAMS["guide"]
+    mean, scale = params["loc"], jnp.exp(params["log_scale"])
+    prior = PARAMS["model"]["mean"]
+    kl = jnp.sum(jnp.log(SCALE / scale) + (scale**2 + (mean - prior) ** 2) / (2 * SCALE**2) - 0.5)
+    objective = ELBO(Model(), Guide(), num_samples=4, analytic_kl=True)
+    loss, state = objective.apply({"params": PARAMS}, OBSERVED, rngs={"choice": KEY}, mutable=["diagnostics"])
+    terms = state["diagnostics"]["terms"]
+    np.testing.assert_allclose(terms["z"], -kl, rtol=1e-5)
+    np.testing.assert_allclose(-loss, terms["z"] + terms["x"], rtol=1e-5)
+
+
+def test_an_analytic_divergence_is_unbiased_and_varies_less():
+    """4 standard errors of 10,000 draws."""
+    values, grads = gradients(10_000, analytic_kl=True)
+    want = jax.value_and_grad(lambda params: -exact_bound(params))(PARAMS)
+    assert_unbiased((values, grads), jax.tree.map(np.asarray, want))
+    assert variance(grads["model"]) < 1e-10, "the prior's gradient is known"
+
+
+@gen
+def backward_model():
+    a = trace("a", Normal)(0.0, 1.0)
+    return trace("b", Normal)(a, 1.0)
+
+
+@gen
+def backward_guide():
+    b = trace("b", Normal)(0.3, 1.0)
+    return trace("a", Normal)(0.5 * b, 0.7)
+
+
+def test_an_analytic_divergence_waits_for_what_comes_after():
+    """The model's b depends on a, which the guide draws after b: log p(b | a) − log q(b) has to be sampled; a need not."""
+    objective = ELBO(backward_model, backward_guide, analytic_kl=True)
+
+    def estimate(key: Any) -> Any:
+        return objective.apply({}, {}, rngs={"choice": key}, mutable=["diagnostics"])
+
+    losses, state = jax.jit(jax.vmap(estimate))(jax.random.split(KEY, 10_000))
+    terms = state["diagnostics"]["terms"]
+    # E log p(a, b) − log q(a, b), by the moments of the guide: a = 0.5 b + 0.7 ε.
+    a_square, difference = 0.25 * (0.09 + 1) + 0.49, 0.25 * (0.09 + 1) + 0.49
+    exact = -0.5 * a_square - 0.5 * difference + 1 + np.log(0.7)
+    assert abs(np.mean(losses) + exact) <= 4 * np.std(losses) / 100
+    assert np.std(terms["b"]) > 0.1
+    with pytest.raises(gjflax.ArgumentError, match='demands.*"b".*draws after it'):
+        ELBO(backward_model, backward_guide, analytic_kl=gjflax.select("b")).apply({}, {}, rngs={"choice": KEY})
+    ELBO(backward_model, backward_guide, analytic_kl=gjflax.select("a")).apply({}, {}, rngs={"choice": KEY})
+
+
+def test_an_analytic_divergence_in_a_map_and_with_the_score_function():
+    @gen
+    def point():
+        z = trace("z", Bernoulli)(probs=0.3)
+        return trace("x", Normal)(z.astype(jnp.float32), 1.0)
+
+    @gen
+    def coin(logit):
+        return trace("z", Bernoulli)(logit)
+
+    logits = jnp.array([0.3, -0.8, 1.2])
+    objective = ELBO(Map(point, repeats=3), Map(coin), analytic_kl=True)
+    x = jnp.array([0.2, 1.0, -0.4])
+
+    def loss(logits: Any, key: Any) -> Any:
+        return objective.apply({}, {"x": x}, (), (logits,), rngs={"choice": key})
+
+    def exact(logits: Any) -> Any:
+        q = jax.nn.sigmoid(logits)
+        likelihood = q * jax.scipy.stats.norm.logpdf(x, 1.0, 1.0) + (1 - q) * jax.scipy.stats.norm.logpdf(x)
+        return jnp.sum(q * jnp.log(q / 0.3) + (1 - q) * jnp.log((1 - q) / 0.7) - likelihood)
+
+    drawn = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(logits, jax.random.split(KEY, 10_000))
+    assert_unbiased(drawn, jax.tree.map(np.asarray, jax.value_and_grad(exact)(logits)))
+
+
+def test_diagnostics_have_terms_by_address_and_an_effective_sample_size():
+    objective = ELBO(Model(), Guide(), num_samples=4)
+    loss, state = objective.apply({"params": PARAMS}, OBSERVED, rngs={"choice": KEY}, mutable=["diagnostics"])
+    found = state["diagnostics"]
+    weights = np.exp(np.asarray(found["log_weights"], np.float64))
+    np.testing.assert_allclose(found["effective_sample_size"], weights.sum() ** 2 / (weights**2).sum(), rtol=1e-4)
+    assert set(found["terms"]) == {"z", "x"}
+    np.testing.assert_allclose(found["terms"]["z"] + found["terms"]["x"], -loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"analytic_kl": "z"}, "analytic_kl.*select"),
+        ({"analytic_kl": True, "sticking_the_landing": True}, "exclude each other"),
+        ({"baseline": "mean"}, "LeaveOneOut"),
+    ],
+)
+def test_options_of_another_form_are_refused(options: Any, match: str):
+    with pytest.raises(gjflax.ArgumentError, match=match):
+        ELBO(Model(), Guide(), **options)
+
+
+def test_a_choice_that_neither_draws_is_missing_with_the_score_function_too():
+    model = gen(lambda: (trace("z", Bernoulli)(0.0), trace("y", Normal)(0.0, 1.0)))
+    guide = gen(lambda: trace("z", Bernoulli)(0.0))
+    with pytest.raises(gjflax.MissingChoiceError, match='"y" is neither observed nor drawn'):
+        ELBO(model, guide).apply({}, {}, rngs={"choice": KEY})
+    with pytest.raises(gjflax.UnvisitedConstraintError, match='"yy"'):
+        ELBO(model, guide).apply({}, {"yy": 0.0}, rngs={"choice": KEY})
+
+
+def test_a_discrete_guide_initialises_compiles_and_leaves_no_tracers(no_leaks: Any):
+    class Discrete(GenModule):
+        @nn.compact
+        def __call__(self):
+            trace("z", Bernoulli)(self.param("logit", nn.initializers.zeros, ()))
+
+    @gen
+    def model():
+        z = trace("z", Bernoulli)(probs=0.3)
+        return trace("x", Normal)(z.astype(jnp.float32), 1.0)
+
+    objective = ELBO(model, Discrete(), num_samples=2, baseline=gjflax.MovingAverage())
+    variables = no_leaks(lambda: objective.init(KEY, {"x": 0.5}))
+    assert set(variables) == {"params", "baselines"} and set(variables["params"]) == {"guide"}
+
+    def step(variables: Any) -> Any:
+        return objective.apply(variables, {"x": 0.5}, rngs={"choice": KEY}, mutable=["baselines"])
+
+    (plain_loss, plain_state), (loss, state) = step(variables), jax.jit(step)(variables)
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, plain_state)
+    assert float(jax.tree.leaves(state["baselines"])[0]) != 0

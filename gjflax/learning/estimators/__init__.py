@@ -1,0 +1,1 @@
+"""Gradient estimators: distributions that say how a draw of them is differentiated."""
