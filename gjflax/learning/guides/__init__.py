@@ -1,0 +1,1 @@
+"""Guides: variational families, built from a model or made of a network."""

@@ -1,0 +1,347 @@
+"""What all guides that are built from a model have in common."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from learning.guides import models
+from tensorflow_probability.substrates import jax as tfp
+
+import gjflax
+from gjflax import (
+    AutoDelta,
+    AutoFlow,
+    AutoLaplace,
+    AutoLowRankNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    Bernoulli,
+    GenModule,
+    Map,
+    Normal,
+    Switch,
+    gen,
+    select,
+    trace,
+)
+
+KEY = jax.random.key(0)
+X = jnp.array([0.5, -1.0, 2.0])
+OBSERVED = {("points", "y"): jnp.array([1.0, 2.0, 0.5])}
+NORMALS = {
+    "normal": AutoNormal,
+    "multivariate": AutoMultivariateNormal,
+    "low rank": lambda *args: AutoLowRankNormal(*args, rank=2),
+}
+FLOWS = {
+    "iaf": lambda *args: AutoFlow(*args, hidden=(8,)),
+    "real nvp": lambda *args: AutoFlow(*args, kind="real_nvp", hidden=(8,)),
+}
+
+
+def close(a, b, rtol=2e-4, atol=2e-4):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+
+
+def moved(variables, key=7):
+    """Parameters away from their initial values, where a wrong sign or a missing factor shows."""
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return structure.unflatten(
+        [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def bound(make, model=models.supports, observed=OBSERVED, args=(X,)):
+    guide = make(model, observed, args)
+    return guide.bind(moved(guide.init(KEY, *args)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [*NORMALS.values(), *FLOWS.values()], ids=[*NORMALS, *FLOWS])
+def test_the_score_of_a_draw_is_its_density(make):
+    """Also where a support depends on another choice, so on the model's arguments by way of it."""
+    guide = bound(make)
+
+    @jax.jit
+    def both(key):
+        _, tr = guide.simulate(key, (X,))
+        _, (retval, score) = guide.assess(key, tr.strip(), (X,))
+        return tr, score
+
+    tr, score = both(jax.random.key(3))
+    close(tr.get_score(), score, rtol=1e-3, atol=1e-3)
+    assert set(tr.strip().addresses()) == {("rate",), ("p",), ("high",), ("below",), ("points", "z")}
+    assert tr["points", "z"].shape == (3, 2) and 0 < tr["below"] < tr["high"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [*NORMALS.values(), FLOWS["real nvp"]], ids=[*NORMALS, "real nvp"])
+def test_densities_by_the_change_of_variables(make):
+    """The density of the values is that of the points over the Jacobian of the maps, taken by autodiff."""
+    guide = bound(make, models.constant_supports)
+    tr = jax.jit(lambda key: guide.simulate(key, ())[1])(jax.random.key(4))
+
+    names = list(tr.points)
+    sizes = [tr.points[name].size for name in names]
+
+    def values(flat):
+        parts = jnp.split(flat, np.cumsum(sizes)[:-1])
+        points = dict(zip(names, parts, strict=True))
+        return jnp.concatenate(
+            [
+                tfp.bijectors.Softplus().forward(points["rate"]),
+                tfp.bijectors.Sigmoid().forward(points["p"]),
+                tfp.bijectors.Sigmoid(0.5, 3.0).forward(points["high"]),
+                tfp.bijectors.Softplus().forward(points["points/z"]),
+            ]
+        )
+
+    assert names == ["rate", "p", "high", "points/z"] or sorted(names) == ["high", "p", "points/z", "rate"]
+    order = ["rate", "p", "high", "points/z"]
+    names, sizes = order, [tr.points[name].size for name in order]
+    flat = jnp.concatenate([jnp.ravel(tr.points[name]) for name in names])
+    _, log_det = jnp.linalg.slogdet(jax.jacobian(values)(flat))
+    log_q = sum(
+        jnp.sum(part)
+        for part in guide.log_density(
+            {tuple(name.split("/")): point for name, point in tr.points.items()}, guide._rows(())
+        ).values()
+    )
+    close(tr.get_score(), log_q - log_det, rtol=1e-3)
+    close(jnp.concatenate([jnp.ravel(tr.values[name]) for name in names]), values(flat))
+
+
+@pytest.mark.slow
+def test_normals_against_tfp():
+    guides = {name: bound(make, models.constant_supports) for name, make in NORMALS.items()}
+    tfd = tfp.distributions
+    point = 0.3 * jax.random.normal(KEY, (guides["multivariate"].size,))
+    full = guides["multivariate"]
+    want = tfd.MultivariateNormalTriL(full.loc, full.scale_tril).log_prob(point)
+    close(full.log_density_flat(point), want)
+    low = guides["low rank"]
+    covariance = jnp.diag(jnp.exp(2 * low.log_scale)) + low.factor @ low.factor.T
+    close(
+        low.log_density_flat(point),
+        tfd.MultivariateNormalFullCovariance(low.loc, covariance).log_prob(point),
+        rtol=1e-3,
+    )
+    # And the draws: their mean and covariance, of 40,000 draws within 4 standard errors.
+    draws = jax.jit(jax.vmap(low.draw_flat))(jax.random.split(KEY, 40_000))
+    spread = jnp.sqrt(jnp.diagonal(covariance))
+    assert jnp.all(jnp.abs(draws.mean(0) - low.loc) < 4 * spread / 200)
+    error = jnp.sqrt((jnp.outer(spread, spread) ** 2 + covariance**2) / 40_000)
+    assert jnp.all(jnp.abs(jnp.cov(draws.T) - covariance) < 4 * error)
+
+
+def test_a_guide_at_the_posterior_gives_the_evidence():
+    """All log weights of the exact posterior are the log evidence: no sampling error hides a mistake."""
+    mean, covariance, evidence = models.regression_posterior()
+    guide = AutoMultivariateNormal(models.regression, models.OBSERVED, (models.X,))
+    params = guide.params_of(jnp.asarray(mean, jnp.float32), jnp.linalg.cholesky(jnp.asarray(covariance, jnp.float32)))
+    objective = gjflax.ELBO(models.regression, guide, num_samples=5)
+    variables = {"params": {"guide": params}}
+    loss, noted = objective.apply(
+        variables, models.OBSERVED, (models.X,), rngs={"choice": KEY}, mutable=["diagnostics"]
+    )
+    close(-loss, evidence, rtol=1e-5)
+    close(noted["diagnostics"]["log_weights"], np.full(5, evidence), rtol=1e-5)
+
+
+def test_laplace_is_exact_for_a_normal_posterior():
+    mean, covariance, _ = models.regression_posterior()
+    guide = AutoLaplace(models.regression, models.OBSERVED, (models.X,))
+    variables = {"params": {"loc": jnp.asarray(mean, jnp.float32)}}
+    normal, found = guide.approximation(variables, models.regression, models.OBSERVED, (models.X,))
+    lower = normal.bind(found).scale_tril
+    close(lower @ lower.T, covariance, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_laplace_has_the_curvature_in_unconstrained_space():
+    """Of a Beta posterior, whose density in R is that of p times p (1 − p)."""
+    guide = AutoLaplace(models.coin, {"heads": 7})
+    a, b = 2.0 + 7, 3.0 + 3
+    point = np.log(a / b)  # the mode of p^a (1 − p)^b in the logit
+    normal, found = guide.approximation({"params": {"loc": jnp.array([point], jnp.float32)}}, models.coin, {"heads": 7})
+    p = a / (a + b)
+    close(normal.bind(found).scale_tril, [[((a + b) * p * (1 - p)) ** -0.5]], rtol=1e-4)
+    gradient = jax.grad(
+        lambda loc: gjflax.ELBO(models.coin, guide).apply(
+            {"params": {"guide": {"loc": loc}}}, {"heads": 7}, rngs={"choice": KEY}
+        )
+    )(jnp.array([point], jnp.float32))
+    close(gradient, [0.0], atol=1e-5)
+    flat = AutoLaplace(gen(_flat))
+    with pytest.raises(gjflax.ArgumentError, match="not positive definite"):
+        flat.approximation({"params": {"loc": jnp.zeros(1)}}, gen(_flat), {})
+
+
+def _flat():
+    return trace("p", gjflax.distribution(lambda key: jnp.zeros(()), lambda v: v**2, bijector=tfp.bijectors.Identity))()
+
+
+def test_map_by_a_point_is_the_mode_of_the_density_of_the_choice():
+    guide = AutoDelta(models.coin, {"heads": 7})
+    objective = gjflax.MAP(models.coin, guide)
+    variables = objective.init(KEY, {"heads": 7})
+
+    @jax.jit
+    def step(variables):
+        loss = lambda v: objective.apply(v, {"heads": 7}, rngs={"choice": KEY})
+        return jax.tree.map(lambda p, g: p - 0.3 * g, variables, jax.grad(loss)(variables))
+
+    for _ in range(60):
+        variables = step(variables)
+    _, tr = guide.bind({"params": variables["params"]["guide"]}).simulate(KEY, ())
+    close(tr["p"], (2.0 + 7 - 1) / (2.0 + 3.0 + 10 - 2), rtol=1e-4)
+    assert tr.get_score() == 0.0
+    _, (_, elsewhere) = guide.bind({"params": variables["params"]["guide"]}).assess(KEY, {"p": 0.1}, ())
+    assert elsewhere == -jnp.inf
+
+
+def test_a_trained_guide_needs_no_data_and_never_runs_the_model():
+    runs = []
+
+    @gen
+    def model(x):
+        runs.append(1)
+        s = trace("s", gjflax.Gamma)(2.0, 1.0)
+        return trace("y", Normal)(s * x, 1.0)
+
+    guide = AutoNormal(model, ["y"], (jnp.ones(4),))
+    variables = guide.init(KEY)
+    before = len(runs)
+    _, tr = guide.bind(variables).simulate(KEY, ())
+    guide.bind(variables).assess(KEY, tr.strip(), ())
+    assert len(runs) == before
+
+
+@pytest.mark.slow
+def test_interface_of_a_mean_field_guide():
+    """Weights by the sum over its choices."""
+    guide = bound(AutoNormal)
+    args = (X,)
+    _, tr = guide.simulate(KEY, args)
+    terms = {address: jnp.sum(leaf.get_score()) for address, leaf in tr.leaves()}
+    close(sum(terms.values()), tr.get_score())
+
+    _, (weight, some) = guide.importance(KEY, {"high": 2.0, "below": 0.4}, args)
+    at = {address: jnp.sum(leaf.get_score()) for address, leaf in some.leaves()}
+    close(weight, at["high",] + at["below",])
+    assert some["high"] == 2.0 and some["below"] == 0.4
+
+    _, (_, weight, new, discard) = guide.update(KEY, tr, {"rate": 0.7}, args)
+    _, (_, back, again, _) = guide.update(KEY, new, discard, args)
+    close(weight, new.get_score() - tr.get_score())
+    close(back, -weight)
+    close(again.get_score(), tr.get_score())
+    assert discard.to_dict() == {"rate": tr["rate"]}
+
+    other = jax.random.key(9)
+    _, (_, weight, new) = guide.regenerate(other, tr, select("rate"), args)
+    close(weight, 0.0)
+    assert new["rate"] != tr["rate"] and jnp.all(new["points", "z"] == tr["points", "z"])
+    # A support that moves with another choice: the kept choice is scored again.
+    _, (_, _, tr, _) = guide.update(KEY, tr, {"below": 0.4}, args)  # which every `high` allows
+    _, (_, weight, new) = guide.regenerate(other, tr, select("high"), args)
+    close(weight, new.project(~select("high")) - tr.project(~select("high")))
+
+    values, log_det = guide.constrain({_key(name): point for name, point in tr.points.items()}, args)
+    points, back = guide.unconstrain(tr, gjflax.AllSelection())
+    close(log_det, -back)
+    assert values == tr.strip()
+
+
+def _key(name):
+    return tuple(name.split("/"))
+
+
+@pytest.mark.slow
+def test_a_joint_guide_says_what_it_cannot():
+    guide = bound(AutoMultivariateNormal)
+    _, tr = guide.simulate(KEY, (X,))
+    close(guide.project(KEY, tr, gjflax.AllSelection())[1], tr.get_score())
+    with pytest.raises(gjflax.NotImplementedByGenerativeFunctionError, match="joint density of all its choices"):
+        guide.project(KEY, tr, select("rate"))
+    with pytest.raises(gjflax.NotImplementedByGenerativeFunctionError, match="joint density of all its choices"):
+        guide.importance(KEY, {"rate": 1.0}, (X,))
+
+
+def test_mistakes():
+    @gen
+    def discrete():
+        trace("k", Bernoulli)(0.5)
+
+    with pytest.raises(gjflax.DiscreteGradientError, match='"k" is discrete'):
+        AutoNormal(discrete).init(KEY)
+    with pytest.raises(gjflax.SelectionError, match="no choice for the guide"):
+        AutoNormal(discrete, {"k": 1}).init(KEY)
+    with pytest.raises(gjflax.ArgumentError, match="`model` of a guide"):
+        AutoNormal(lambda: None)
+    with pytest.raises(gjflax.ArgumentError, match="`model_args` is a tuple"):
+        AutoNormal(models.regression, models.OBSERVED, models.X)
+
+    @gen
+    def branches():
+        i = trace("i", Bernoulli)(0.5)
+        trace("part", Switch((gen(lambda: trace("a", Normal)(0.0, 1.0)), gen(lambda: trace("b", Normal)(0.0, 1.0)))))(i)
+
+    with pytest.raises(gjflax.NotImplementedByGenerativeFunctionError, match="may be absent"):
+        AutoNormal(branches, {"i": 0}).init(KEY)
+
+    class Learned(GenModule):
+        @gjflax.core.generative_function.nn.compact
+        def __call__(self):
+            high = self.param("high", lambda key: jnp.ones(()))
+            trace("u", gjflax.Uniform)(0.0, high)
+
+    with pytest.raises(gjflax.NotImplementedByGenerativeFunctionError, match="depends on parameters"):
+        AutoNormal(Learned()).init(KEY)
+    guide = bound(AutoNormal)
+    with pytest.raises(gjflax.UnvisitedConstraintError, match='Did you mean "rate"'):
+        guide.importance(KEY, {"rates": 1.0}, (X,))
+    with pytest.raises(gjflax.MissingChoiceError, match='"high"'):
+        guide.assess(KEY, {"rate": 1.0, "p": 0.5}, (X,))
+    with pytest.raises(gjflax.ChoiceShapeError, match=r"\(3, 2\) there"):
+        values = guide.simulate(KEY, (X,))[1].strip().to_dict()
+        values["points"]["z"] = jnp.ones(2)
+        guide.assess(KEY, values, (X,))
+
+
+def test_supports_that_depend_on_arguments_ask_for_them():
+    @gen
+    def model(high):
+        trace("u", gjflax.Uniform)(0.0, high)
+
+    guide = AutoNormal(model, (), (1.0,))
+    variables = guide.init(KEY, 5.0)
+    _, tr = guide.bind(jax.tree.map(lambda leaf: leaf + 3.0, variables)).simulate(KEY, (5.0,))
+    assert 4.0 < tr["u"] < 5.0
+    with pytest.raises(gjflax.ArgumentError, match="guide_args=model_args"):
+        guide.bind(variables).simulate(KEY, ())
+
+
+@pytest.mark.slow
+def test_guides_in_other_programs():
+    """A guide is a generative function: mapped, called in a body, vectorised, without leaks."""
+    guide = AutoNormal(models.regression, models.OBSERVED, (models.X,))
+    variables = guide.init(KEY)
+    traces = jax.vmap(lambda key: guide.bind(variables).simulate(key, ())[1])(jax.random.split(KEY, 4))
+    assert traces.get_score().shape == (4,) and traces["w"].shape == (4, 2)
+    each = jnp.stack([guide.bind(variables).simulate(key, ())[1].get_score() for key in jax.random.split(KEY, 4)])
+    close(traces.get_score(), each)
+
+    mapped = Map(guide, repeats=3)
+    assert jax.tree.map(jnp.shape, mapped.init(KEY)["params"]) == jax.tree.map(jnp.shape, variables["params"])
+    _, tr = mapped.bind(variables).simulate(KEY, ())
+    assert tr["w"].shape == (3, 2)
+    close(tr.get_score(), mapped.bind(variables).assess(KEY, tr.strip(), ())[1][1])
+
+
+def test_no_leaks(no_leaks):
+    for make in (AutoNormal, AutoMultivariateNormal, AutoDelta):
+        no_leaks(lambda make=make: make(models.regression, models.OBSERVED, (models.X,)).init(KEY, models.X))

@@ -1,0 +1,132 @@
+"""Guides for the choices of a population, of which the model has a batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from learning.guides import models
+
+import gjflax
+from gjflax import (
+    AmortizedNormal,
+    AutoDelta,
+    AutoGuides,
+    AutoMultivariateNormal,
+    AutoNormal,
+    Map,
+    Normal,
+    gen,
+    select,
+    trace,
+)
+
+KEY = jax.random.key(0)
+N = 4
+X = jnp.array([0.5, -1.0, 2.0, 1.5])
+Y = jnp.array([1.0, -0.3, 2.2, 0.7])
+
+
+@gen
+def model(x):
+    mu = trace("mu", Normal)(0.0, 2.0)
+    return trace("data", Map(models.element, in_axes=(0, None), total=N))(x, mu)
+
+
+def moved(variables):
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jnp.arange(1.0, leaf.size + 1).reshape(leaf.shape), variables)
+
+
+def test_rows_by_index():
+    guide = AutoNormal(model, {("data", "y"): Y[:2]}, (X[:2],))
+    indices = jnp.array([3, 1])
+    variables = moved(guide.init(KEY, indices))
+    assert jax.tree.map(jnp.shape, variables["params"]["loc"]) == {"data": {"z": (N,)}, "mu": ()}
+    _, tr = guide.bind(variables).simulate(KEY, (indices,))
+    loc, scale = (variables["params"][name]["data"]["z"][indices] for name in ("loc", "log_scale"))
+    z, terms = tr["data", "z"], dict(tr.leaves())
+    want = jax.scipy.stats.norm.logpdf(z, loc, jnp.exp(scale))
+    np.testing.assert_allclose(terms["data", "z"].get_score(), want, rtol=1e-4)
+    np.testing.assert_allclose(
+        tr.get_score(), N / 2 * want.sum() + terms["mu",].get_score(), rtol=1e-4, err_msg="an element counts N/n times"
+    )
+
+
+def test_batches_of_any_size_are_unbiased():
+    """The mean over all batches of a size, of value and gradient, is that of all data: for points, which have no noise."""
+    full = gjflax.ELBO(model, AutoDelta(model, {("data", "y"): Y}, (X,)))
+    variables = moved(full.init(KEY, {("data", "y"): Y}, (X,), (jnp.arange(N),)))
+
+    def value_and_grad(indices):
+        def loss(variables):
+            return full.apply(variables, {("data", "y"): Y[indices]}, (X[indices],), (indices,), rngs={"choice": KEY})
+
+        return jax.value_and_grad(loss)(variables)
+
+    whole = value_and_grad(jnp.arange(N))
+    for size in (1, 3):
+        batches = jnp.array(list(itertools.combinations(range(N), size)))
+        means = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(value_and_grad)(batches))
+        np.testing.assert_allclose(means[0], whole[0], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), means[1], whole[1])
+
+
+def test_what_a_population_needs():
+    guide = AutoNormal(model, {("data", "y"): Y[:2]}, (X[:2],))
+    variables = guide.init(KEY, jnp.arange(2))
+    with pytest.raises(gjflax.ArgumentError, match="a vector of integers; got no argument"):
+        guide.bind(variables).simulate(KEY, ())
+    with pytest.raises(gjflax.ArgumentError, match="a vector of integers; got float32"):
+        guide.bind(variables).simulate(KEY, (X[:2],))
+    with pytest.raises(gjflax.NotImplementedByGenerativeFunctionError, match="batch of a population"):
+        AutoMultivariateNormal(model, {("data", "y"): Y[:2]}, (X[:2],)).init(KEY)
+
+
+@pytest.mark.slow
+def test_amortised_guide_of_the_elements_beside_one_of_the_rest():
+    """Batches of any size; and the density by hand."""
+    observed = {("data", "y"): Y[:2]}
+    encoder = nn.Sequential([nn.Dense(4), nn.tanh])
+    local = AmortizedNormal(model, observed, (X[:2],), select(("data", "z")), encoder=encoder)
+    shared = AutoNormal(model, observed, (X[:2],), select("mu"))
+    guide = AutoGuides(local, shared, own_arguments=True)
+    objective = gjflax.ELBO(model, guide, num_samples=2)
+    inputs = jnp.stack([X, Y], axis=1)
+    variables = objective.init(KEY, observed, (X[:2],), ((inputs[:2],), ()))
+
+    @jax.jit
+    def loss(variables, x, y):
+        inputs = jnp.stack([x, y], axis=1)
+        return objective.apply(variables, {("data", "y"): y}, (x,), ((inputs,), ()), rngs={"choice": KEY})
+
+    for size in (2, 3):
+        assert np.isfinite(loss(variables, X[:size], Y[:size]))
+    grads = jax.grad(loss)(variables, X, Y)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+
+
+def test_amortised_density_by_hand():
+    @gen
+    def single(x):
+        z = trace("z", Normal)(jnp.zeros(2), 1.0)
+        return trace("y", Normal)(z.sum() * x, 1.0)
+
+    guide = AmortizedNormal(Map(single), {"y": Y}, (X,), encoder=nn.Dense(3))
+    variables = guide.init(KEY, Y[:, None])
+    params = variables["params"]
+    _, tr = guide.bind(variables).simulate(KEY, (Y[:, None],))
+
+    def dense(x, name):
+        return np.asarray(x) @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
+
+    h = dense(Y[:, None], "encoder")
+    loc, log_scale = dense(h, "loc_z"), dense(h, "log_scale_z")
+    want = jax.scipy.stats.norm.logpdf(tr["z"], loc, jnp.exp(log_scale)).sum()
+    np.testing.assert_allclose(tr.get_score(), want, rtol=1e-4)
+    np.testing.assert_allclose(guide.bind(variables).assess(KEY, tr.strip(), (Y[:, None],))[1][1], want, rtol=1e-4)
+    with pytest.raises(gjflax.ArgumentError, match="inputs of its encoder"):
+        guide.bind(variables).simulate(KEY, ())
