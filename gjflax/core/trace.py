@@ -18,6 +18,7 @@ from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError, SelectionError, nearest, show_address
+from gjflax.core.outline import Part, Site
 from gjflax.core.pytree import Const, Pytree
 from gjflax.core.selection import AllSelection, Selection
 from gjflax.core.typing import Address, Arguments, Score
@@ -66,6 +67,10 @@ class Trace(Pytree):
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         """The traces of the single choices, with their addresses."""
         raise NotImplementedError
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        """The single choices and what they stand in. By default side by side; a combinator's trace says more."""
+        return tuple(Site(address, leaf) for address, leaf in self.leaves(prefix))
 
     @property
     def is_discrete(self) -> bool:
