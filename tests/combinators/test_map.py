@@ -497,3 +497,15 @@ def test_a_missing_choice_of_the_elements_is_named():
     with pytest.raises(MissingChoiceError, match=r'"y" \(Normal\)'):
         points.assess(KEY, {"x": jnp.zeros(4)}, ARGS)
     assert isinstance(points, gjflax.GenerativeFunction)
+
+
+def test_a_map_in_the_body_of_a_map_of_another_length():
+    """The choices of the inner one have the outer axis first."""
+
+    @gen
+    def row(x):
+        return trace("y", Map(Normal, in_axes=(0, None)))(jnp.arange(3.0) + x, 1.0)
+
+    _, tr = Map(row, repeats=2).simulate(jax.random.key(0), (0.5,))
+    assert tr["y"].shape == (2, 3)
+    assert float(tr[1, "y", 2]) == float(tr.get_retval()[1, 2])
