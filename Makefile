@@ -46,8 +46,8 @@ test-slow: $(VENV)/.ready-test
 	$(PYTEST) -m timing
 
 doctest: $(VENV)/.ready-test
-	$(PYTEST) --doctest-modules gjflax
-	$(PYTEST) --doctest-glob='*.md' README.md docs
+	$(PYTEST) -n 2 --dist worksteal --doctest-modules gjflax
+	$(PYTEST) -n 2 --dist worksteal --doctest-glob='*.md' README.md docs
 
 acceptance: $(VENV)/.ready-test
 	$(PYTEST) -p no:cacheprovider -o filterwarnings=default ../shared/acceptance

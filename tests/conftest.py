@@ -39,6 +39,9 @@ def _compile_fast(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     before = jax.config.read("jax_disable_most_optimizations")
     optimized = any(request.node.get_closest_marker(name) for name in ("slow", "optimized"))
+    if "laws" in request.node.path.parts:
+        # Many small programs, also where they are slow together.
+        optimized = False
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

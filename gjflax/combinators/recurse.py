@@ -35,7 +35,7 @@ from gjflax.combinators.branch_arguments import check_branches
 from gjflax.combinators.map import Map
 from gjflax.combinators.mask import Mask
 from gjflax.combinators.presence import types
-from gjflax.core.context import current_address
+from gjflax.core.context import at_body, current_address
 from gjflax.core.errors import ArgumentError, BranchMismatchError, show_address
 from gjflax.core.trace import canonical, plain
 from gjflax.language.gen import GenModule, trace
@@ -111,7 +111,8 @@ class Recurse(GenModule):
         levels = []
         for depth in range(self.max_depth):
             produced = self._at_nodes(self.production, depth, "production", there, (plain(inputs),), shared)
-            value, children, exists = self._children(produced, root, there)
+            with at_body():
+                value, children, exists = self._children(produced, root, there)
             levels.append((there, value, exists))
             inputs, there = children, exists.reshape(-1)
         results = self._at_nodes(self.leaf, self.max_depth, "leaf", there, (plain(inputs),), shared)
@@ -119,7 +120,8 @@ class Recurse(GenModule):
             below = jax.tree.map(lambda leaf: leaf.reshape(-1, self.max_branch, *leaf.shape[1:]), canonical(results))
             own = (value, plain(below), exists)
             above = self._at_nodes(self.aggregation, depth, "aggregation", there, own, shared)
-            self._check_results(above, results)
+            with at_body():
+                self._check_results(above, results)
             results = above
         return plain(jax.tree.map(lambda leaf: leaf[0], canonical(results)))
 

@@ -58,7 +58,7 @@ class RenderedModel:
             draw.save(self.graph, path, ending[1:], resolution)
         else:
             raise ArgumentError(
-                f"A picture of a model is saved as .png, .svg or .pdf, its text as .dot or .mmd; got {str(path)!r:.80}."
+                f"A picture of a model is saved as .png, .svg or .pdf, its text as .dot or .mmd; got {Path(path).name!r:.80}."
             )
 
     def _repr_svg_(self) -> str | None:

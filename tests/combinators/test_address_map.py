@@ -266,6 +266,7 @@ def with_map(x):
     return trace("y", Normal)(jnp.sum(m), 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moved",
     [Inline(with_map, "m"), AddressMap(with_map, {"a": ("m", "a"), "b": ("m", "b")})],

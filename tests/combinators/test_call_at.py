@@ -217,6 +217,7 @@ def test_assess_needs_all_at_the_key(kind: str):
         run(kind, "assess", KEYS[1], choice_map({(old, "a"): GIVEN["a",]}), (X, as_given(old)))
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("moves", [False, True])
 def test_update_of_key_choices_and_arguments(kind: str, moves: bool):
@@ -284,6 +285,7 @@ def test_a_key_that_is_unchanged_leaves_what_is_unchanged(kind: str):
     same(values(discard, old), {("m",): was["m",]})
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("moves", [False, pytest.param(True, marks=slow)])
 def test_regenerate(kind: str, moves: bool):
@@ -756,6 +758,7 @@ class Model(GenModule):
         return a["sum"] + b["sum"] + trace("c", CallAt(Body()))(x, k + 1)["sum"]
 
 
+@pytest.mark.slow
 def test_parameters_have_the_paths_of_the_inner_function(no_leaks: Any):
     variables = no_leaks(lambda: call.init(jax.random.key(0), X, jnp.int32(3)))
     shapes = jax.tree.map(jnp.shape, variables)

@@ -246,6 +246,7 @@ def test_an_element_of_an_element():
     np.testing.assert_array_equal(back["x"], old["x"])
 
 
+@pytest.mark.slow
 def test_selections_of_an_element_of_an_element():
     _, old = jax.jit(lambda key: rows.simulate(key, GRID))(DRAW)
     _, (_, weight, new) = jax.jit(lambda tr: rows.regenerate(KEY, tr, select((1, 2, "x")), GRID))(old)
@@ -259,6 +260,7 @@ def test_selections_of_an_element_of_an_element():
     close(grads[1, 2, "x"], slope[1, 2])
 
 
+@pytest.mark.slow
 def test_every_element_of_an_element_at_a_traced_index():
     """The whole inner vector is given, of an outer element whose index is known only when running."""
     inner = gjflax.VectorChoiceMap(range(4), {"x": jnp.zeros((4,))})
@@ -352,6 +354,7 @@ def any_axes(inputs, matrix, scale):
     return trace("y", Normal)(inputs["a"] + inputs["b"] + jnp.sum(matrix), scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "in_axes, inputs, matrix, scale",
     [
@@ -439,6 +442,7 @@ def test_elements_may_have_parameters_of_their_own():
     close(weight, new.get_score() - tr.get_score())
 
 
+@pytest.mark.slow
 def test_an_element_that_runs_alone_has_its_own_parameters():
     mapped = Map(Network(), in_axes=0, variable_axes={"params": 0})
     xs = jnp.arange(6.0).reshape(3, 2)

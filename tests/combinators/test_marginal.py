@@ -221,6 +221,7 @@ def drawn(name: str) -> Any:
     return jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), SIZE))
 
 
+@pytest.mark.slow
 @each_algorithm
 def test_assess_is_unbiased(name: str):
     # 10000 samples over the 16 states.
@@ -835,6 +836,7 @@ def factor_params() -> Any:
     return jax.jit(factors.init)(KEY, X)["params"]
 
 
+@pytest.mark.slow
 def test_parameters_of_inner_function_and_proposal(no_leaks: Any):
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     assert shapes(factor_params()) == SHAPES

@@ -189,6 +189,7 @@ def test_strings_without_a_bound():
         close(probability, cky(string), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_nodes_are_numbered_by_level():
     tree = {ADDRESSES[0]: 0, ADDRESSES[1]: 1, ADDRESSES[2]: 0, ADDRESSES[5]: 1, ADDRESSES[6]: 0}
     tr = of_tree(tree)
@@ -221,6 +222,7 @@ def test_update_from_tree_to_tree(before: Any, after: Any):
     close(back, -np.float64(weight))
 
 
+@pytest.mark.slow
 def test_update_draws_what_appears():
     old = of_tree(SMALL)
     change = {ADDRESSES[0]: 0, ADDRESSES[2]: 1}
@@ -240,6 +242,7 @@ def test_update_draws_what_appears():
     assert there(discard) == {ADDRESSES[5]: 1}
 
 
+@pytest.mark.slow
 def test_regenerate():
     old = of_tree(BUSHY)
     regenerate = jax.jit(lambda key, tr, selection: grammar.regenerate(key, tr, selection, ARGS)[1])
@@ -358,6 +361,7 @@ def test_a_recursion_with_networks(variables: Any):
     close(logpdf, score_by_hand(tr.strip(), U, other_variables)[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_parameters_are_shared_by_all_nodes(no_leaks: Any):
     variables = no_leaks(lambda: deep.init(jax.random.key(0), U))
     assert jax.tree.map(jnp.shape, variables["params"]) == {
@@ -436,6 +440,7 @@ def test_one_compiled_update():
 # Flags and errors ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_children_by_flags_and_a_leaf_alone():
     """A child may be there though one before it is not."""
 

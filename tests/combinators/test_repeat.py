@@ -127,6 +127,7 @@ class Network(GenModule):
         return trace("y", Normal)(nn.Dense(2)(x), 0.5)
 
 
+@pytest.mark.slow
 def test_parameters_are_shared_or_one_set_for_each_run(no_leaks: Any):
     x = jnp.array([0.5, -1.0])
     for options, shape in (({}, (2, 2)), ({"variable_axes": {"params": 0}}, (3, 2, 2))):

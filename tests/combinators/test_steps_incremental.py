@@ -101,6 +101,7 @@ def beyond(tr: Any) -> Any:
     return tr if flag is None else [leaf[np.asarray(flag)] for leaf in jax.tree.leaves(tr.inner)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("shorter", "reverse") else pytest.mark.slow) for name in MODELS]
 )

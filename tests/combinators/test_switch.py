@@ -130,6 +130,7 @@ def test_update_with_plain_constraints(given: Any):
 REDRAWN = [[], [("a",)], [("sub",), ("rate",), ("m",)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("addresses", REDRAWN, ids=str)
 def test_regenerate_across_branches(addresses: Any):
     """Kept choices add s' − s; redrawn, drawn and gone ones nothing."""

@@ -78,6 +78,7 @@ def test_only_the_branch_taken_runs(method: str, compiled: bool):
         assert {number for number, count in counts.items() if count} == {index}
 
 
+@pytest.mark.slow
 def test_under_vmap_every_branch_runs_and_one_is_selected():
     indices, xs, js = jnp.array([0, 1, 1]), jnp.array([0.5, -1.0, 2.0]), jnp.array([0, 1, 0])
     keys = jax.random.split(KEY, 3)
@@ -137,6 +138,7 @@ def test_a_traced_index_is_clamped():
 # Inside of others ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mapped_over_indices():
     each = Map(either, in_axes=0)
     indices, xs = jnp.array([0, 1, 0, 1]), jnp.array([0.5, 1.0, -2.0, 3.0])

@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_trace_brings_its_parameters_along(name: str):
     """Unbound, given a trace, a model runs with the parameters that the trace was made with, wherever they stand."""

@@ -120,6 +120,7 @@ def test_one_element_outside_of_the_support_leaves_the_gradients_finite(form: in
     assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 @each_form
 def test_gradients_in_vector_arguments_and_values_are_the_density_s(form: int) -> None:
     family = FORMS[form]
@@ -146,6 +147,7 @@ SLOW_TO_DRAW = ("Beta", "Chi2", "InverseGamma", "NegativeBinomial", "StudentT", 
 """Families whose samplers are TFP's and, for the most part, made of Gamma draws."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [

@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_shape_dtype_and_density(name):
     distribution, args, shape, logpdf = CASES[name]

@@ -50,6 +50,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_point_for_values_outside_is_inside(name: str) -> None:
     with free_promotion():

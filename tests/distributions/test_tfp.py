@@ -346,6 +346,7 @@ COMPOSITES: dict[str, tuple[Any, Callable[[Any], Any], Any, list[Any], Callable[
 each_composite = pytest.mark.parametrize("name", COMPOSITES)
 
 
+@pytest.mark.slow
 @each_composite
 def test_a_composite_in_a_body_crosses_jit_updates_and_differentiates(name: str) -> None:
     distribution, build, parameter, (first, second), oracle = COMPOSITES[name]

@@ -43,6 +43,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         yield SimpleNamespace(**names, folder=folder)
 
 
+@pytest.mark.slow
 def test_every_part_is_compared_with_exact_values(example: SimpleNamespace) -> None:
     parts = collections.Counter(check["name"].split(":")[0] for check in example.CHECKS)
     assert parts == {

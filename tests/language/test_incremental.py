@@ -293,6 +293,7 @@ MOVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("known", [True, False], ids=["static", "traced"])
 def test_elements_weigh_what_a_full_scoring_says(move: str, known: bool):

@@ -452,6 +452,7 @@ def test_a_choice_that_neither_draws_is_missing_with_the_score_function_too():
         ELBO(model, guide).apply({}, {"yy": 0.0}, rngs={"choice": KEY})
 
 
+@pytest.mark.slow
 def test_a_discrete_guide_initialises_compiles_and_leaves_no_tracers(no_leaks: Any):
     class Discrete(GenModule):
         @nn.compact

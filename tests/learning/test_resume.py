@@ -58,6 +58,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         return resume_program.bits(resume_program.train(directory, EPOCHS)), directory
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(uninterrupted: Any, tmp_path: Path):
     """Interrupted before a checkpoint was written, and after, in the middle of an epoch."""
     want, elsewhere = uninterrupted

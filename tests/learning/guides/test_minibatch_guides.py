@@ -56,6 +56,7 @@ def test_rows_by_index():
     )
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_are_unbiased():
     """The mean over all batches of a size, of value and gradient, is that of all data: for points, which have no noise."""
     full = gjflax.ELBO(model, AutoDelta(model, {("data", "y"): Y}, (X,)))
@@ -109,6 +110,7 @@ def test_amortised_guide_of_the_elements_beside_one_of_the_rest():
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_amortised_density_by_hand():
     @gen
     def single(x):

@@ -337,6 +337,7 @@ def test_the_bound_grows_with_samples_and_meets_the_evidence():
     assert abs(-elbo.mean() - bounds[0]) < 2 * errors[0]
 
 
+@pytest.mark.slow
 def test_objectives_are_called_alike():
     """Swapping the objective is one line."""
     guide = NormalGuide()
