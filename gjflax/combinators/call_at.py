@@ -327,8 +327,8 @@ class CallAt(GenerativeFunction):
         if (isinstance(given, int) and not isinstance(given, bool)) or (
             is_array and given.shape == () and jnp.issubdtype(given.dtype, jnp.integer)
         ):
-            if isinstance(given, jax.Array) or given >= 0:
-                return lax.convert_element_type(given, jnp.int32)[None]
+            if isinstance(given, jax.Array) or int(given) >= 0:
+                return lax.convert_element_type(jnp.asarray(given), jnp.int32)[None]
         raise ArgumentError(
             f'The last argument of the {label} at {at} is the key, a string without "/" or one integer from 0; got '
             f"{types(given) if is_array and np.ndim(given) else format(repr(given), '.60')}. For a key for each element use "
