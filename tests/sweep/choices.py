@@ -57,8 +57,13 @@ def filled(like: ChoiceMap, values: Values, at: Address = ()) -> ChoiceMap:
         return ValueChoiceMap(np.asarray(values[at], like.value.dtype))
     if isinstance(like, VectorChoiceMap):
         first = jax.tree.map(lambda leaf: leaf[0], like.inner)
-        elements = [filled(first, values, (*at, index)) for index in range(len(like))]
-        return vector(range(len(like)), jax.tree.map(lambda *leaves: np.stack(leaves), *elements))
+        which: Any = like.static_indices
+        if which is None:
+            # A call at a key, which may be another one in these values.
+            found = sorted({address[len(at)] for address in values if address[: len(at)] == at})
+            which = np.asarray(found or like.indices, like.indices.dtype)
+        elements = [filled(first, values, (*at, int(index))) for index in which]
+        return vector(which, jax.tree.map(lambda *leaves: np.stack(leaves), *elements))
     return by_name({name: filled(like.get_submap(name), values, (*at, name)) for name in like.names()})
 
 
