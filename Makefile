@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 WORKDIR ?= workdir/digits_vae
 
-.PHONY: help demo test test-slow doctest lint types layers format acceptance wheel clean
+.PHONY: help demo test test-slow sweep doctest lint types layers format acceptance wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,8 +42,11 @@ test: $(VENV)/.ready-test
 	$(PYTEST) -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.ready-test
-	$(PYTEST) -n 2 --dist worksteal -m 'slow and not timing'
+	$(PYTEST) -n 2 --dist worksteal -m 'slow and not timing and not sweep'
 	$(PYTEST) -m timing
+
+sweep: $(VENV)/.ready-test
+	$(PYTEST) -n 2 --dist worksteal -m sweep
 
 doctest: $(VENV)/.ready-test
 	$(PYTEST) -n 2 --dist worksteal --doctest-modules gjflax

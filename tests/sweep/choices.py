@@ -16,6 +16,7 @@ from sweep.programs import Address, Values
 import gjflax
 from gjflax import BuiltinChoiceMap, ChoiceMap, EmptyChoiceMap, Masked, ValueChoiceMap, VectorChoiceMap
 from gjflax.core.choice_map import by_name, vector
+from gjflax.core.masked import has_masked
 from gjflax.core.pytree import Const
 
 
@@ -107,6 +108,9 @@ def _pick_vector(choices: VectorChoiceMap, decide: Callable[..., int], depth: in
         # The one index of a call at a key.
         return vector(choices.indices, inner), vector(choices.indices, plain)
     form = decide(5)
+    if has_masked(choices.inner):
+        # Of steps beyond a known length an index is an error, also where the branch around them is not taken.
+        form = min(form, 2)
     if form < 3:
         # The last are arrays under their names, which have the axes of all vectors above them.
         every = inner if form == 2 and not has_vector(inner) else vector(range(len(choices)), inner)

@@ -1,6 +1,6 @@
 """Random programs under random calls: what gjflax says, against an oracle that knows only densities.
 
-``GJFLAX_SWEEP_PROGRAMS`` sets the number of programs of the slow sweep.
+``make sweep`` runs many; ``GJFLAX_SWEEP_PROGRAMS`` sets how many.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def test_every_combinator_and_distribution_is_written():
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_the_laws_hold_of_many_programs(shard: int):
     programs = PROGRAMS // SHARDS + (shard < PROGRAMS % SHARDS)
