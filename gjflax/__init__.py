@@ -1,40 +1,14 @@
 """gjflax: generative functions as Flax linen modules."""
 
-from gjflax.combinators.address_map import AddressMap as AddressMap
-from gjflax.combinators.call_at import CallAt as CallAt
-from gjflax.combinators.call_at import CallAtTrace as CallAtTrace
-from gjflax.combinators.choice_at import ChoiceAt as ChoiceAt
-from gjflax.combinators.cond import Cond as Cond
-from gjflax.combinators.dimap import Dimap as Dimap
-from gjflax.combinators.dimap import DimapTrace as DimapTrace
-from gjflax.combinators.flax_module import FlaxModule as FlaxModule
-from gjflax.combinators.flax_module import FlaxModuleTrace as FlaxModuleTrace
-from gjflax.combinators.inline import Inline as Inline
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gjflax.combinators.map import Map as Map
 from gjflax.combinators.map import MapTrace as MapTrace
-from gjflax.combinators.marginal import Marginal as Marginal
-from gjflax.combinators.marginal import MarginalTrace as MarginalTrace
-from gjflax.combinators.marginal_algorithms import CustomImportance as CustomImportance
-from gjflax.combinators.marginal_algorithms import DefaultImportance as DefaultImportance
-from gjflax.combinators.marginal_algorithms import Enumerate as Enumerate
-from gjflax.combinators.marginal_algorithms import MarginalAlgorithm as MarginalAlgorithm
-from gjflax.combinators.mask import Mask as Mask
-from gjflax.combinators.mix import Mix as Mix
-from gjflax.combinators.or_else import OrElse as OrElse
-from gjflax.combinators.product import Product as Product
-from gjflax.combinators.random_params import RandomParams as RandomParams
-from gjflax.combinators.random_params import RandomParamsTrace as RandomParamsTrace
-from gjflax.combinators.recurse import Recurse as Recurse
-from gjflax.combinators.renaming import RenamedTrace as RenamedTrace
-from gjflax.combinators.repeat import Repeat as Repeat
-from gjflax.combinators.scan import Scan as Scan
-from gjflax.combinators.scan import ScanTrace as ScanTrace
-from gjflax.combinators.switch import Switch as Switch
-from gjflax.combinators.switch_trace import SwitchTrace as SwitchTrace
 from gjflax.combinators.train import TrainCombinator as TrainCombinator
 from gjflax.combinators.train import TrainTrace as TrainTrace
-from gjflax.combinators.unfold import Unfold as Unfold
-from gjflax.combinators.unfold import UnfoldTrace as UnfoldTrace
 from gjflax.core.choice_map import BuiltinChoiceMap as BuiltinChoiceMap
 from gjflax.core.choice_map import ChoiceMap as ChoiceMap
 from gjflax.core.choice_map import EmptyChoiceMap as EmptyChoiceMap
@@ -68,47 +42,21 @@ from gjflax.language.gen import GenModule as GenModule
 from gjflax.language.gen import gen as gen
 from gjflax.language.gen import inline as inline
 from gjflax.language.gen import trace as trace
-from gjflax.learning.baselines import Baseline as Baseline
-from gjflax.learning.baselines import LeaveOneOut as LeaveOneOut
-from gjflax.learning.baselines import MovingAverage as MovingAverage
-from gjflax.learning.baselines import Predicted as Predicted
-from gjflax.learning.data import Batches as Batches
-from gjflax.learning.data import batches as batches
-from gjflax.learning.estimators.enumeration import ENUM as ENUM
-from gjflax.learning.estimators.estimator import REINFORCE as REINFORCE
-from gjflax.learning.estimators.estimator import GradientEstimator as GradientEstimator
-from gjflax.learning.estimators.estimator import Reparameterized as Reparameterized
-from gjflax.learning.estimators.measure_valued import MeasureValued as MeasureValued
-from gjflax.learning.estimators.relaxed import GumbelSoftmax as GumbelSoftmax
-from gjflax.learning.estimators.relaxed import StraightThrough as StraightThrough
-from gjflax.learning.fit import FitResult as FitResult
-from gjflax.learning.fit import fit as fit
-from gjflax.learning.guides.amortized import AmortizedNormal as AmortizedNormal
-from gjflax.learning.guides.combined import AutoGuides as AutoGuides
-from gjflax.learning.guides.delta import AutoDelta as AutoDelta
-from gjflax.learning.guides.flow import AutoFlow as AutoFlow
-from gjflax.learning.guides.laplace import AutoLaplace as AutoLaplace
-from gjflax.learning.guides.low_rank_normal import AutoLowRankNormal as AutoLowRankNormal
-from gjflax.learning.guides.multivariate_normal import AutoMultivariateNormal as AutoMultivariateNormal
-from gjflax.learning.guides.normal import AutoNormal as AutoNormal
-from gjflax.learning.objectives.base import Draws as Draws
-from gjflax.learning.objectives.base import Objective as Objective
-from gjflax.learning.objectives.elbo import ELBO as ELBO
-from gjflax.learning.objectives.forward_kl import ForwardKL as ForwardKL
-from gjflax.learning.objectives.importance_weighted import ImportanceWeightedELBO as ImportanceWeightedELBO
-from gjflax.learning.objectives.maximum_a_posteriori import MAP as MAP
-from gjflax.learning.objectives.maximum_likelihood import MaximumLikelihood as MaximumLikelihood
-from gjflax.learning.objectives.renyi import Renyi as Renyi
-from gjflax.learning.objectives.vimco import VIMCO as VIMCO
-from gjflax.learning.objectives.wake_sleep import WakeSleep as WakeSleep
-from gjflax.learning.training.checkpoints import Checkpoints as Checkpoints
-from gjflax.learning.training.labels import label_parameters as label_parameters
-from gjflax.learning.training.state import TrainMetrics as TrainMetrics
-from gjflax.learning.training.state import TrainState as TrainState
-from gjflax.learning.training.writers import JsonLinesWriter as JsonLinesWriter
-from gjflax.learning.training.writers import create_writer as create_writer
-from gjflax.learning.training.writers import plot_history as plot_history
 from gjflax.version import __version__ as __version__
-from gjflax.visualization.render import RenderedModel as RenderedModel
-from gjflax.visualization.render import render_model as render_model
-from gjflax.visualization.table import tabulate as tabulate
+
+if TYPE_CHECKING:
+    from gjflax.on_demand import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `gjflax.on_demand`."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module("gjflax.on_demand"), name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *vars(importlib.import_module("gjflax.on_demand"))})

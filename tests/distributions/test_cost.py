@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -91,14 +92,21 @@ def test_tfp_is_loaded_when_a_family_first_needs_it() -> None:
     assert run(FIRST_USE) == "passed"
 
 
-def import_seconds(names: str) -> float:
-    return float(run(f"import time; start = time.process_time(); import {names}; print(time.process_time() - start)"))
-
-
 @pytest.mark.slow
 @pytest.mark.timing
-def test_importing_costs_at_most_a_fifth_more_than_flax_and_optax() -> None:
+def test_importing_costs_at_most_a_fifth_more_than_flax_and_optax(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    # Packages are compiled where they are installed; a checkout is, where its bytecode may be kept.
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
+
+    def seconds(names: str) -> float:
+        return float(
+            run(f"import time; start = time.process_time(); import {names}; print(time.process_time() - start)")
+        )
+
     for names in ("gjflax", "flax.linen, optax"):
-        import_seconds(names)  # into the cache of the file system
-    pairs = [(import_seconds("gjflax"), import_seconds("flax.linen, optax")) for _ in range(5)]
+        seconds(names)
+    pairs = [(seconds("gjflax"), seconds("flax.linen, optax")) for _ in range(5)]
     assert statistics.median(ours / theirs for ours, theirs in pairs) <= 1.2
