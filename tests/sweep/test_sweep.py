@@ -60,6 +60,7 @@ SMALL = {"families": ("Normal", "Bernoulli", "Exponential"), "sites": 3, "depth"
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("runner", [eager, compiled])
 def test_the_laws_hold_where_jax_runs_the_programs(runner):
     """As above, without the interpreter: operation by operation, and compiled."""
