@@ -187,7 +187,7 @@ class Branching(GenerativeFunction):
             choices = only(choices, {address for part in addresses for address in part})
         if not Diff.is_unchanged(argdiffs[:1]):
             return self._update_any(key, trace, choices, args)
-        if choices.is_empty() and self._is_unchanged(argdiffs, param_diff):
+        if choices.is_empty() and self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace, EmptyChoiceMap())
         return self._update_taken(key, trace, choices, argdiffs, param_diff)
 
@@ -202,7 +202,7 @@ class Branching(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score, SwitchTrace]]:
         if not Diff.is_unchanged(argdiffs[:1]):
             return self._regenerate_any(key, trace, selection, Diff.primal(argdiffs))
-        if self._is_unchanged(argdiffs, param_diff) and trace.strip().filter(selection).is_empty():
+        if self.knows_no_change(trace, argdiffs, param_diff) and trace.strip().filter(selection).is_empty():
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace)
         return self._regenerate_taken(key, trace, selection, argdiffs, param_diff)
 
@@ -267,10 +267,6 @@ class Branching(GenerativeFunction):
     @nn.nowrap
     def _check_visited(self, choices: ChoiceMap, addresses: Sequence[Sequence[Any]], args: Arguments) -> None:
         check_visited(choices, addresses, self.static_index(args), type(self).__name__)
-
-    @nn.nowrap
-    def _is_unchanged(self, argdiffs: Arguments, param_diff: Change) -> bool:
-        return Diff.is_unchanged(argdiffs) and (param_diff is no_change or not self.needs_variables)
 
     @nn.nowrap
     def _addresses(self, args: Arguments) -> list[list[Any]]:

@@ -23,7 +23,7 @@ from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.context import current_address, naming
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import ArgumentError, show_address
-from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.generative_function import GenerativeFunction, is_same
 from gjflax.core.in_place import chosen_leaves, remember, stored_leaves
 from gjflax.core.lifting import share_inner_scope
 from gjflax.core.outline import Part
@@ -38,7 +38,6 @@ from gjflax.language.incremental import (
     canonical_diff,
     diffs_of_arguments,
     diffs_of_retval,
-    is_same,
     leaf_diff,
     types_are_known,
 )

@@ -137,7 +137,7 @@ class FlaxModule(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score, FlaxModuleTrace, ChoiceMap]]:
         self._refuse(choices, strict)
         weight: Any = jnp.zeros(())
-        if param_diff is no_change and Diff.is_unchanged(argdiffs):
+        if self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), weight, trace, EmptyChoiceMap())
         new = self._run(Diff.primal(argdiffs))
         return key, (unknown_change(new.get_retval()), weight, new, EmptyChoiceMap())

@@ -27,6 +27,7 @@ from gjflax.combinators.elements import (
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap
 from gjflax.core.diff import Change, Diff, elements_change, no_change, unknown_change
 from gjflax.core.frozen import thawed
+from gjflax.core.generative_function import is_same
 from gjflax.core.in_place import fence, stored_leaves, take_elements, within
 from gjflax.core.selection import Selection
 from gjflax.core.trace import canonical, total
@@ -50,7 +51,8 @@ class ElementsChange:
         ]
         one_set = all(by_element) and all(same_indices(diff.indices, moving[0].indices) for diff in moving)
         parameters_changed = owner.inner.needs_variables and param_diff is not no_change
-        self.everywhere = parameters_changed or not one_set
+        same_program = is_same(trace.gen_fn, owner.as_unbound())
+        self.everywhere = parameters_changed or not one_set or not same_program
         self.moved = moving[0].indices if moving and not self.everywhere else None
 
     def weight(self) -> Score:

@@ -315,7 +315,7 @@ class Marginal(GenerativeFunction):
         strict: bool = True,
     ) -> tuple[PRNGKey, tuple[Any, Score, MarginalTrace, ChoiceMap]]:
         given = self._visible(choices, strict)
-        if given.is_empty() and Diff.is_unchanged(argdiffs) and param_diff is no_change:
+        if given.is_empty() and self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.score), trace, EmptyChoiceMap())
         args = Diff.primal(argdiffs)
         key, changing, estimating, drawing = jax.random.split(key, 4)

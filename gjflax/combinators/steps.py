@@ -240,7 +240,7 @@ class Steps(GenerativeFunction):
         strict: bool = True,
     ) -> tuple[PRNGKey, tuple[Any, Score, StepsTrace, ChoiceMap]]:
         plan = self._plan_of(argdiffs, trace)
-        if choices.is_empty() and self._is_unchanged(argdiffs, param_diff):
+        if choices.is_empty() and self._is_unchanged(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace, EmptyChoiceMap())
         args = Diff.primal(argdiffs)
         given = _Given(choices, plan)
@@ -290,7 +290,7 @@ class Steps(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score, StepsTrace]]:
         plan = self._plan_of(argdiffs, trace)
         check_selection(selection, plan.length)
-        if selection.is_empty and self._is_unchanged(argdiffs, param_diff):
+        if selection.is_empty and self._is_unchanged(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace)
         some = self._regenerate_some(key, trace, plan, argdiffs, selection, param_diff)
         if some is not None:
@@ -364,6 +364,17 @@ class Steps(GenerativeFunction):
         first = {name: jax.tree.map(lambda leaf: leaf[0], of_steps[name]) for name in shared}
         return {**of_steps, **first}
 
+    @nn.nowrap
+    def constraints_of_steps(self, choices: ChoiceMap, plan: Plan) -> ChoiceMap:
+        """The constraints of all steps of a plan, with a leading axis of its length, for who runs the kernel step by step.
+
+        Raises:
+          ChoiceMapError: if a step is certainly given nothing where others are.
+        """
+        given = _Given(choices, plan)
+        given.require_all()
+        return given.of_steps
+
     # What a subclass says ---------------------------------------------------------------------------------------
 
     @nn.nowrap
@@ -425,7 +436,7 @@ class Steps(GenerativeFunction):
         """What `update` returns, where a few steps are given something and nothing else changed; else None."""
         if given.indices is None or given.indices.shape[0] > MAX_INDICES:
             return None
-        if not self._is_unchanged(argdiffs, param_diff) or not may_change_some(self, trace):
+        if not self._is_unchanged(trace, argdiffs, param_diff) or not may_change_some(self, trace):
             return None
         change = StepsChange(self, trace, plan, Diff.primal(argdiffs), key)
 
@@ -452,7 +463,7 @@ class Steps(GenerativeFunction):
         indices = sorted(selection.indices)
         if not 0 < len(indices) <= MAX_INDICES or not selection[indices[-1] + 1].is_empty:
             return None
-        if not self._is_unchanged(argdiffs, param_diff) or not may_change_some(self, trace):
+        if not self._is_unchanged(trace, argdiffs, param_diff) or not may_change_some(self, trace):
             return None
         change = StepsChange(self, trace, plan, Diff.primal(argdiffs), key)
 
@@ -482,9 +493,8 @@ class Steps(GenerativeFunction):
     # Inside -----------------------------------------------------------------------------------------------------
 
     @nn.nowrap
-    def _is_unchanged(self, argdiffs: Arguments, param_diff: Change) -> bool:
-        same_variables = param_diff is no_change or not self.inner.needs_variables
-        return same_variables and Diff.is_unchanged(argdiffs)
+    def _is_unchanged(self, trace: Any, argdiffs: Arguments, param_diff: Change) -> bool:
+        return self.knows_no_change(trace, argdiffs, param_diff if self.inner.needs_variables else no_change)
 
     @nn.nowrap
     def _run(self, function: Callable[..., Any], plan: Plan, args: Arguments, xs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -670,8 +680,9 @@ def _settled(discard: ChoiceMap, given: ChoiceMap) -> ChoiceMap:
 
 
 def _either(flag: Any, then: Any, otherwise: Any) -> Any:
-    """One of two traces, in the types of the second."""
-    return jax.tree.map(lambda a, b: where(flag, a.astype(b.dtype), b), then, otherwise)
+    """One of two traces: the program is that of the first, the dtypes are those of the second."""
+    pairs = zip(jax.tree.leaves(then), jax.tree.leaves(otherwise), strict=True)
+    return jax.tree.structure(then).unflatten([where(flag, a.astype(b.dtype), b) for a, b in pairs])
 
 
 def _marked(args: Arguments, changes: tuple[Change, ...]) -> Arguments:

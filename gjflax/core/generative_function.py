@@ -36,7 +36,7 @@ from flax import errors as flax_errors
 
 from gjflax.core.choice_map import ChoiceMap, choice_map
 from gjflax.core.context import estimates
-from gjflax.core.diff import Change, unknown_change
+from gjflax.core.diff import Change, Diff, no_change, unknown_change
 from gjflax.core.errors import (
     ArgumentError,
     DiscreteGradientError,
@@ -60,6 +60,15 @@ G = TypeVar("G", bound="GenerativeFunction")
 
 CHOICE_STREAM = "choice"
 """The rng stream from which a forward sample by ``__call__`` is drawn."""
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two generative functions, which are not bound, are certainly one program."""
+    try:
+        return one is other or bool(one == other)
+    except (TypeError, ValueError):
+        # Of arrays in fields, or in what a function closes over, it is not known.
+        return False
 
 
 class GenerativeFunction(nn.Module):
@@ -201,6 +210,15 @@ class GenerativeFunction(nn.Module):
         """
         trace.require_selected(selection)
         return trace.unconstrain(selection)
+
+    @nn.nowrap
+    def knows_no_change(self, trace: Trace, argdiffs: Arguments, param_diff: Change) -> bool:
+        """Whether it is certainly the program that made a trace, with the same arguments and parameters.
+
+        A generative function that a body makes may hold values that changed, in a field or in what a function closes over.
+        """
+        same_parameters = param_diff is no_change or not self.needs_variables
+        return same_parameters and Diff.is_unchanged(argdiffs) and is_same(trace.get_gen_fn(), self.as_unbound())
 
     @nn.nowrap
     def unzip(

@@ -378,7 +378,7 @@ class Distribution(GenerativeFunction, metaclass=_OfFunctions):
                 value, score = self._score_given(given, self.at(args), like=old)
                 discard = ValueChoiceMap(old)
             retdiff = unknown_change(value)
-        elif Diff.is_unchanged(argdiffs):
+        elif self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(old), jnp.zeros_like(trace.score), trace, EmptyChoiceMap())
         else:
             # The old value is checked against the new arguments, whose shape may be another.
@@ -398,7 +398,9 @@ class Distribution(GenerativeFunction, metaclass=_OfFunctions):
         param_diff: Any = unknown_change,
     ) -> tuple[PRNGKey, tuple[Any, Score, DistributionTrace]]:
         if not selection.includes_root:
-            key, (retdiff, weight, trace, _) = self.update(key, trace, EmptyChoiceMap(), argdiffs)
+            key, (retdiff, weight, trace, _) = self.update(
+                key, trace, EmptyChoiceMap(), argdiffs, param_diff=param_diff
+            )
             return key, (retdiff, weight, trace)
         args = Diff.primal(argdiffs)
         key, new = self._draw(key, args, self.at(args), like=trace)

@@ -23,6 +23,7 @@ import jax
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
 from gjflax.core.diff import Change, Diff, elements_change, no_change, unknown_change
+from gjflax.core.generative_function import is_same
 from gjflax.core.in_place import stored_leaves
 from gjflax.core.pytree import static_field
 from gjflax.core.selection import Selection
@@ -70,8 +71,7 @@ class Incremental(Handler):
         return is_same(self.traces[address].get_gen_fn(), callee.as_unbound())
 
     def _may_skip(self, address: Path, callee: Any, argdiffs: tuple[Any, ...]) -> bool:
-        unchanged_parameters = not callee.needs_variables or self.param_diff is no_change
-        return unchanged_parameters and Diff.is_unchanged(argdiffs) and self._is_same(address, callee)
+        return callee.knows_no_change(self.traces[address], argdiffs, self.param_diff)
 
     def _note(self, address: Path, retdiff: Any) -> Any:
         """Keep what is known of a callee's return value, and give the value."""
@@ -99,15 +99,6 @@ class _Record:
     weight: Any = None
     discard: ChoiceMap = dataclasses.field(default_factory=EmptyChoiceMap)
     drew: bool = True
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two generative functions, which are not bound, are certainly one program."""
-    try:
-        return one is other or bool(one == other)
-    except (TypeError, ValueError):
-        # Of arrays in fields, or in what a function closes over, it is not known.
-        return False
 
 
 def arguments_of(trace: Trace) -> tuple[Any, ...]:

@@ -226,6 +226,90 @@ def test_a_callee_that_the_body_makes_may_hold_what_changed():
     np.testing.assert_allclose(weight, by_assess(body, new, tr) - (of_scale[0] - of_scale[1]), rtol=1e-4)
 
 
+def _of_functions(scale: Any) -> Any:
+    """A distribution without arguments, which holds a value of the body."""
+    density = lambda value: jax.scipy.stats.norm.logpdf(value, 0.5, scale)
+    return gjflax.distribution(lambda key: scale * jax.random.normal(key), density, reparameterized=True)
+
+
+class _Held(GenModule):
+    """A module without parameters, which holds a value of the body."""
+
+    scale: Any
+
+    @nn.compact
+    def __call__(self):
+        return trace("z", Normal)(0.5, self.scale)
+
+
+_HOLDERS: dict[str, Any] = {
+    "distribution": lambda scale: (_of_functions(scale), ()),
+    "map": lambda scale: (Map(_of_functions(scale), repeats=3), ()),
+    "map of a map": lambda scale: (Map(Map(_of_functions(scale), repeats=2), repeats=3), ()),
+    "repeat": lambda scale: (gjflax.Repeat(_Held(scale), 3), ()),
+    "unfold": lambda scale: (
+        gjflax.Unfold(gen(lambda time, state: trace("z", Normal)(state, scale)), max_length=3),
+        (jnp.int32(3), jnp.float32(0.5)),
+    ),
+    "scan": lambda scale: (
+        gjflax.Scan(gen(lambda carry, x: (trace("z", Normal)(carry + x, scale), x))),
+        (jnp.float32(0.5), jnp.arange(3.0)),
+    ),
+    "switch": lambda scale: (gjflax.Switch((_of_functions(scale), _of_functions(2 * scale))), (jnp.int32(1),)),
+    "cond": lambda scale: (gjflax.Cond(_of_functions(scale), _of_functions(2 * scale)), (jnp.array(True),)),
+    "or else": lambda scale: (
+        gjflax.OrElse(_of_functions(scale), _of_functions(2 * scale)),
+        (jnp.array(True), (), ()),
+    ),
+    "mask": lambda scale: (gjflax.Mask(_of_functions(scale)), (jnp.array(True),)),
+    "mix": lambda scale: (
+        gjflax.Mix((_of_functions(scale), _of_functions(2 * scale))),
+        (jnp.array([0.1, 0.2]), (), ()),
+    ),
+    "product": lambda scale: (gjflax.Product({"a": _of_functions(scale), "b": _Held(scale)}), ((), ())),
+    "dimap": lambda scale: (gjflax.Dimap.map_retval(_of_functions(scale), lambda retval: retval * scale), ()),
+    "dimap, arguments": lambda scale: (gjflax.Dimap(Normal, pre=lambda loc: (loc, scale)), (jnp.float32(0.2),)),
+    "address map": lambda scale: (gjflax.AddressMap(_Held(scale), {"w": "z"}), ()),
+    "inline": lambda scale: (
+        gjflax.Inline(gen(lambda: trace(("part", "z"), Normal)(0.5, scale)), "part"),
+        (),
+    ),
+    "choice at": lambda scale: (gjflax.ChoiceAt(_of_functions(scale)), (jnp.int32(3),)),
+    "call at": lambda scale: (gjflax.CallAt(_Held(scale)), (jnp.int32(3),)),
+    "marginal": lambda scale: (
+        gjflax.Marginal(
+            gen(
+                lambda: trace("z", Normal)(jnp.where(trace("coin", gjflax.Bernoulli)(probs=0.4) == 1, 3.0, -1.0), scale)
+            ),
+            "z",
+            gjflax.Enumerate(),
+        ),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _HOLDERS)
+def test_a_combinator_that_the_body_makes_may_hold_what_changed(name: str):
+    """No argument of it changed: those that it has are constants of the body."""
+
+    @gen
+    def body():
+        scale = trace("scale", Normal)(2.0, 0.1)
+        holder, args = _HOLDERS[name](scale)
+        trace("held", holder)(*args)
+
+    _, tr = body.simulate(KEY, ())
+    _, (_, weight, new, _) = body.update(KEY, tr, {"scale": 3.0}, ())
+    want = by_assess(body, new, tr)
+    np.testing.assert_allclose(weight, want, rtol=1e-5)
+    held = new.get_score() - jax.scipy.stats.norm.logpdf(3.0, 2.0, 0.1)
+    assert abs(held - (tr.get_score() - jax.scipy.stats.norm.logpdf(tr["scale"], 2.0, 0.1))) > 1e-3
+    _, (_, weight, new) = body.regenerate(KEY, tr, select("scale"), ())
+    of_scale = [jax.scipy.stats.norm.logpdf(one["scale"], 2.0, 0.1) for one in (new, tr)]
+    np.testing.assert_allclose(weight, by_assess(body, new, tr) - (of_scale[0] - of_scale[1]), rtol=1e-4, atol=1e-6)
+
+
 def test_untraced_randomness_counts_as_changed():
     class Dropped(GenModule):
         @nn.compact

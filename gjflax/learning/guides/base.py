@@ -259,7 +259,7 @@ class AutoGuide(GenerativeFunction):
         strict: bool = True,
     ) -> tuple[PRNGKey, tuple[Any, Score, GuideTrace, ChoiceMap]]:
         given = self._given(choices, strict)
-        if not given and Diff.is_unchanged(argdiffs) and param_diff is no_change:
+        if not given and self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace, choice_map({}))
         old = {_path(name): value for name, value in trace.values.items()}
         new = self._trace_of_values({**old, **given}, Diff.primal(argdiffs))
