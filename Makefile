@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 WORKDIR ?= workdir/digits_vae
 
-.PHONY: help demo test test-slow sweep doctest lint types layers format acceptance wheel clean
+.PHONY: help demo test test-slow thorough doctest lint types layers format acceptance wheel clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,15 +42,18 @@ test: $(VENV)/.ready-test
 	$(PYTEST) -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.ready-test
-	$(PYTEST) -n 2 --dist worksteal -m 'slow and not timing and not sweep'
+	$(PYTEST) -n 2 --dist worksteal -m 'slow and not timing and not thorough'
 	$(PYTEST) -m timing
 
-sweep: $(VENV)/.ready-test
-	$(PYTEST) -n 2 --dist worksteal -m sweep
+thorough: $(VENV)/.ready-test
+	$(PYTEST) -n 2 --dist worksteal -m thorough
+
+# The types in signatures are checked at run time here, where every public name is used. It doubles the cost of tracing.
+CHECKED := --jaxtyping-packages=gjflax,beartype.beartype
 
 doctest: $(VENV)/.ready-test
-	$(PYTEST) -n 2 --dist worksteal --doctest-modules gjflax
-	$(PYTEST) -n 2 --dist worksteal --doctest-glob='*.md' README.md docs
+	$(PYTEST) -n 2 --dist worksteal $(CHECKED) --doctest-modules gjflax
+	$(PYTEST) -n 2 --dist worksteal $(CHECKED) --doctest-glob='*.md' README.md docs
 
 acceptance: $(VENV)/.ready-test
 	$(PYTEST) -p no:cacheprovider -o filterwarnings=default ../shared/acceptance

@@ -708,14 +708,33 @@ CASES = [
 ]
 
 QUICK = (regression, mapped_network, learned)
-"""The cases of the default tests. The others carry the marker `slow`: they combine what these have one by one, and the default
-sweep of random programs holds all combinators to the same laws."""
+"""The cases of the default tests. The sweep of random programs holds all combinators to the same laws."""
+
+SLOW = (
+    chain,
+    nested,
+    grid,
+    own_parameters,
+    mapped_learned,
+    mapped_bayesian,
+    mixture,
+    flipped,
+    side_by_side,
+    mapped_dimapped_network,
+    map_up,
+    remat_inlined,
+    all_in_each_other,
+)
+"""Those of the slow tests, one at least for every kind. The others are parts of these."""
 
 
 def _each(quick: tuple[Case, ...]) -> Any:
-    return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=case.name, marks=() if case in quick else pytest.mark.slow) for case in CASES]
-    )
+    def marks(case: Case) -> Any:
+        if case in quick:
+            return ()
+        return pytest.mark.slow if case in SLOW else (pytest.mark.slow, pytest.mark.thorough)
+
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES])
 
 
 each_case = _each(QUICK)

@@ -338,6 +338,69 @@ class Scan(Steps):
         return f"Scan({self.inner.show(printer)}{options}{self._shown})"
 
 
+# Trees ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurse(Node):
+    """`Recurse`, of at most two children. The production returns (value, inputs, exists)."""
+
+    production: Node
+    aggregation: Node
+    leaf: Node
+    depth: int
+
+    @property
+    def inputs(self) -> tuple[Type, ...]:
+        return self.leaf.inputs
+
+    @property
+    def output(self) -> Type:
+        return self.leaf.output
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.production, self.aggregation, self.leaf)
+
+    @property
+    def may_leave_out(self) -> bool:
+        return True
+
+    def build(self) -> Any:
+        kernels = map(built, self.children)
+        return gjflax.Recurse(*kernels, max_branch=CHILDREN, max_depth=self.depth, parent=None)
+
+    def run(self, world: World, at: Address, args: tuple[Any, ...], params: Any) -> Any:
+        root, *shared = args
+
+        def result(level: int, number: int, given: Any) -> Any:
+            here = (*at, f"level_{level}")
+            if level == self.depth:
+                return self.leaf.run(world, (*here, "leaf", number), (given, *shared), params.get("leaf", {}))
+            produced = self.production.run(
+                world, (*here, "production", number), (given, *shared), params.get("production", {})
+            )
+            value, inputs, exists = produced
+            exists = exists if np.ndim(exists) else np.arange(CHILDREN) < exists
+            results = [
+                result(level + 1, CHILDREN * number + child, jax.tree.map(lambda leaf, i=child: leaf[i], inputs))
+                if exists[child]
+                else ex.zeros(self.output)
+                for child in range(CHILDREN)
+            ]
+            own = (value, stack(results), exists, *shared)
+            return self.aggregation.run(world, (*here, "aggregation", number), own, params.get("aggregation", {}))
+
+        return result(0, 0, root)
+
+    def show(self, printer: Printer) -> str:
+        kernels = ", ".join(kernel.show(printer) for kernel in self.children)
+        return f"Recurse({kernels}, max_branch={CHILDREN}, max_depth={self.depth})"
+
+
+CHILDREN = 2
+"""How many children a node of a tree may have."""
+
 # The same in another form ---------------------------------------------------------------------------------------------
 
 

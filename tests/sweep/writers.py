@@ -8,6 +8,7 @@ from typing import Any
 from sweep import expressions as ex
 from sweep import families
 from sweep.combinators import (
+    CHILDREN,
     AddressMap,
     CallAt,
     Cond,
@@ -19,6 +20,7 @@ from sweep.combinators import (
     OrElse,
     Product,
     RandomParams,
+    Recurse,
     Repeat,
     Scan,
     Switch,
@@ -42,7 +44,7 @@ def _map(writer: Writer, depth: int) -> Node:
 
 def _length_of(inner: Node) -> int:
     # No two axes of one array are equal, and there are few shapes, for each is compiled anew.
-    return 2 if any(isinstance(node, (Map, Unfold, Scan)) for node in inner.walk()) else 3
+    return 2 if any(isinstance(node, (Map, Unfold, Scan, Recurse)) for node in inner.walk()) else 3
 
 
 def _own(writer: Writer, inner: Node) -> bool:
@@ -204,6 +206,22 @@ def _scan(writer: Writer, depth: int) -> Node:
     x: Type = () if bare else writer.argument_type()
     inner = writer.body(depth - 1, (carry, x), (carry, _result(writer)))
     return Scan(inner, _length_of(inner), _own(writer, inner), writer.decide(3) == 2, bare)
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+@writes("Recurse")
+def _recurse(writer: Writer, depth: int) -> Node:
+    given, result = writer.one_of((ex.REAL, Array((3,)))), writer.one_of((ex.REAL, Array((3,))))
+    exists = writer.one_of((Array((CHILDREN,), "flag"), Array((), "index", CHILDREN + 1)))
+    shared = (writer.argument_type(),) if writer.decide(3) == 2 else ()
+    produced = (ex.REAL, given.mapped(CHILDREN), exists)
+    production = writer.body(depth - 2, (given, *shared), produced)
+    own = (ex.REAL, result.mapped(CHILDREN), Array((CHILDREN,), "flag"), *shared)
+    aggregation = writer.body(depth - 2, own, result)
+    leaf = writer.body(depth - 2, (given, *shared), result)
+    return Recurse(production, aggregation, leaf, writer.one_of((1, 1, 2)))
 
 
 # Other forms ---------------------------------------------------------------------------------------------------------
