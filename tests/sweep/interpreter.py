@@ -382,11 +382,14 @@ def _cholesky(x: Any, **_: Any) -> Any:
 
 
 def _or_nan(function: Callable[..., Any], *operands: Any) -> Any:
-    """NaN where NumPy raises and XLA does not, as in a branch that is not taken."""
+    """NaN for the matrices for which NumPy raises and XLA does not, as in a branch that is not taken."""
     try:
         return function(*operands)
     except np.linalg.LinAlgError:
-        return np.full_like(operands[-1], np.nan)
+        if np.ndim(operands[0]) == 2:
+            return np.full_like(operands[-1], np.nan)
+        # NumPy raises for all matrices of a batch if one is singular.
+        return np.stack([_or_nan(function, *each) for each in zip(*operands, strict=True)])
 
 
 def _pad(x: Any, value: Any, *, padding_config: Any) -> Any:

@@ -221,7 +221,8 @@ def _recurse(writer: Writer, depth: int) -> Node:
     own = (ex.REAL, result.mapped(CHILDREN), Array((CHILDREN,), "flag"), *shared)
     aggregation = writer.body(depth - 2, own, result)
     leaf = writer.body(depth - 2, (given, *shared), result)
-    return Recurse(production, aggregation, leaf, writer.one_of((1, 1, 2)))
+    # The kernels of every level are traced anew.
+    return Recurse(production, aggregation, leaf, 2 if writer.decide(6) == 5 else 1)
 
 
 # Other forms ---------------------------------------------------------------------------------------------------------
