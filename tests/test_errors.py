@@ -647,6 +647,14 @@ ROWS = [
         has("element 3", "3 elements"),
         lambda key: lines.regenerate(key, of(lines, XS, 1.0), select((3, "y")) | select((0, "y")), (XS, 1.0)),
     ),
+    *(
+        Row(f"{name} of elements of one value", errors.SelectionError, has("elements [0]", "Normal", "`Map`"), call)
+        for name, call in {
+            "project": lambda key: of(pair).project(select(("left", "noise", 0))),
+            "regenerate": lambda key: lines.regenerate(key, of(lines, XS, 1.0), select(("y", 0)), (XS, 1.0)),
+            "unconstrain": lambda key: of(pair).unconstrain(~select(("left", "noise", 0)) & ~select(("left", "coin"))),
+        }.items()
+    ),
     Row(
         "some elements to unconstrain",
         errors.SelectionError,

@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, ValueChoiceMap, VectorChoiceMap
+from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import (
     ArgumentError,
@@ -36,6 +37,7 @@ from gjflax.core.errors import (
     DiscreteGradientError,
     MissingChoiceError,
     NotImplementedByGenerativeFunctionError,
+    SelectionError,
     UnvisitedConstraintError,
     show_address,
 )
@@ -103,7 +105,7 @@ class DistributionTrace(Trace):
         return jnp.shape(self.score)
 
     def project(self, selection: Selection) -> Score:
-        return self.score if selection.includes_root else jnp.zeros(())
+        return self.score if _is_selected(selection, self.gen_fn.label) else jnp.zeros(())
 
     def strip(self) -> ChoiceMap:
         return ValueChoiceMap(self.value)
@@ -122,7 +124,7 @@ class DistributionTrace(Trace):
         return self._of_one(lambda here: here.reparameterized)
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
-        if not selection.includes_root:
+        if not _is_selected(selection, self.gen_fn.label):
             return EmptyChoiceMap(), jnp.zeros(())
 
         def one(args: Any, value: Any) -> tuple[Any, Any]:
@@ -397,7 +399,7 @@ class Distribution(GenerativeFunction, metaclass=_OfFunctions):
         *,
         param_diff: Any = unknown_change,
     ) -> tuple[PRNGKey, tuple[Any, Score, DistributionTrace]]:
-        if not selection.includes_root:
+        if not _is_selected(selection, self.label):
             key, (retdiff, weight, trace, _) = self.update(
                 key, trace, EmptyChoiceMap(), argdiffs, param_diff=param_diff
             )
@@ -606,6 +608,21 @@ class Distribution(GenerativeFunction, metaclass=_OfFunctions):
         self, trace: Trace | None, untraced: str, others: Any = None
     ) -> Callable[[Any, PRNGKey, ChoiceMap, Arguments], tuple[Any, Score]]:
         return lambda params, key, choices, args: self.assess(key, choices, args)[1]
+
+
+def _is_selected(selection: Selection, label: str) -> bool:
+    """Whether a choice is selected.
+
+    Raises:
+      SelectionError: if the selection names elements of its value.
+    """
+    if selection.indices:
+        named = f"the choice {site(label)}" if current_address() else f"a choice of {label}"
+        raise SelectionError(
+            f"The selection names elements {sorted(selection.indices)} of {named}, which is one value. "
+            "Make its elements choices with `Map`; where it stands in one, the index comes before the name: (0, \"y\")."
+        )
+    return selection.includes_root
 
 
 def _sum(logpdf: Any) -> Any:
