@@ -14,10 +14,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import metrics as clu_metrics
@@ -32,7 +33,15 @@ from gjflax.learning.data import Batches, batches, gives_batches
 from gjflax.learning.training.checkpoints import Checkpoints, key_identity
 from gjflax.learning.training.progress import ProgressReporter
 from gjflax.learning.training.state import STREAMS, TrainMetrics, TrainState, copied, fold_in_name
-from gjflax.learning.training.step import Inputs, Run, as_inputs, compiled_held_out_loss, compiled_step
+from gjflax.learning.training.step import (
+    Inputs,
+    Run,
+    as_inputs,
+    compiled_held_out_loss,
+    compiled_repetition,
+    compiled_step,
+    compiled_steps,
+)
 from gjflax.learning.training.writers import Writer, create_writer, plot_history
 
 Row = dict[str, Any]
@@ -87,6 +96,7 @@ def fit(
     held_out: Any = None,
     held_out_objective: nn.Module | None = None,
     report_every: int | None = None,
+    scanned_steps: int = 1,
     early_stopping: EarlyStopping | None = None,
     callbacks: Iterable[Callback] = (),
     checkpoints: Checkpoints | str | Path | None = None,
@@ -117,6 +127,8 @@ def fit(
         dropout switched off. By default `objective`.
       report_every: the number of steps between two reports. By default a report ends each epoch; where an epoch is
         a single step, or has no end, each twentieth of the run.
+      scanned_steps: how many steps one compiled call makes at most, in a ``jax.lax.scan``: faster where a step is short. Such
+        a call ends at a report, and where the next batch has another shape. The run is the same up to rounding.
       early_stopping: a ``flax.training.early_stopping.EarlyStopping``, updated at every report with the held-out loss, or
         with the training loss where nothing is held out.
       callbacks: functions of the state and the report's row; one that returns True ends the run.
@@ -150,7 +162,8 @@ def fit(
     """
     if not isinstance(objective, nn.Module):
         raise ArgumentError(f"`objective` is a module that returns a loss; got {objective!r:.80}.")
-    for name, number in (("num_steps", num_steps), ("report_every", report_every)):
+    counts = {"num_steps": num_steps, "report_every": report_every, "scanned_steps": scanned_steps}
+    for name, number in counts.items():
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ArgumentError(f"`{name}` is a positive integer; got {number!r}.")
     run_key, streams = _run_key(state_or_optimizer, key), tuple(streams)
@@ -162,9 +175,10 @@ def fit(
         source=source,
         run=Run.start(state, run_key, metrics),
         num_steps=_number_of_steps(source, num_steps),
-        step=compiled_step(objective, inputs, streams),
+        made=_Steps((objective, inputs, streams)),
         held_out=_held_out(held_out_objective or objective, inputs, streams, held_out, batch_size),
         report_every=report_every,
+        scanned_steps=scanned_steps,
         early_stopping=early_stopping,
         callbacks=tuple(callbacks),
     )
@@ -266,6 +280,41 @@ def _size(batch: Any) -> int:
     return leaves[0].shape[0] if leaves and getattr(leaves[0], "shape", ()) else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Compiled steps of an objective, one or several in a call."""
+
+    what: tuple[Any, ...]
+
+    def __call__(self, run: Run, made: list[Any]) -> tuple[Run, Any]:
+        """The run after steps on these batches, and their losses, a scalar or an array."""
+        first = made[0]
+        if len(made) == 1:
+            return compiled_step(*self.what)(run, first)
+        if all(batch is first for batch in made):
+            return compiled_repetition(*self.what, len(made))(run, first)
+        return compiled_steps(*self.what)(run, jax.tree.map(_stacked, *made))
+
+
+def _stacked(*leaves: Any) -> Any:
+    return (jnp if isinstance(leaves[0], jax.Array) else np).stack(leaves)
+
+
+class _Item(NamedTuple):
+    """A batch, the epoch that it belongs to, how many batches of that are used with this one, and whether it is the last."""
+
+    batch: Any
+    epoch: int
+    offset: int
+    ends_epoch: bool
+
+    @property
+    def form(self) -> Any:
+        """What the batches of one call have in common."""
+        leaves, structure = jax.tree.flatten(self.batch)
+        return structure, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
+
+
 @dataclasses.dataclass
 class _Loop:
     """A run in progress."""
@@ -273,9 +322,10 @@ class _Loop:
     source: Batches
     run: Run
     num_steps: int | None
-    step: Callable[[Run, Any], tuple[Run, Any]]
+    made: _Steps
     held_out: Callable[[Run], float] | None
     report_every: int | None
+    scanned_steps: int
     early_stopping: EarlyStopping | None
     callbacks: tuple[Callback, ...]
     checkpoints: Checkpoints | None = None
@@ -317,26 +367,53 @@ class _Loop:
         if self._finished():
             return
         waiting: collections.deque[Any] = collections.deque()
-        for batch, epoch, offset, ends_epoch in self._walk():
+        for chunk in self._chunks():
             if self._reported == self.steps:
                 self.run = self.run.replace(metrics=type(self.run.metrics).empty())
-            self.run, loss = self.step(self.run, batch)
-            self.steps += 1
-            self.position = (epoch + 1, 0) if ends_epoch else (epoch, offset)
-            waiting.append(loss)
+            self.run, losses = self.made(self.run, [item.batch for item in chunk])
+            self.steps += len(chunk)
+            item = chunk[-1]
+            self.position = (item.epoch + 1, 0) if item.ends_epoch else (item.epoch, item.offset)
+            waiting.append(losses)
             if len(waiting) > _AHEAD:
-                self.progress.step(jax.block_until_ready(waiting.popleft()))
-            last = self.steps == self.num_steps or (ends_epoch and epoch + 1 == self.source.epochs)
-            if last or (ends_epoch if self.report_every is None else self.steps % self.report_every == 0):
+                self._show(jax.block_until_ready(waiting.popleft()))
+            if self._reports_after(item, self.steps):
                 while waiting:
-                    self.progress.step(waiting.popleft())
-                self.report(epoch, last)
+                    self._show(waiting.popleft())
+                self.report(item.epoch, self._is_last(item, self.steps))
             if self._finished():
                 return
         if self.num_steps is not None:
             raise TrainingDataError(
                 f"The data ended after {self.steps} of {self.num_steps} steps: give more, or fewer steps."
             )
+
+    def _show(self, losses: Any) -> None:
+        for loss in np.atleast_1d(np.asarray(losses)):
+            self.progress.step(loss)
+
+    def _is_last(self, item: _Item, steps: int) -> bool:
+        return steps == self.num_steps or (item.ends_epoch and item.epoch + 1 == self.source.epochs)
+
+    def _reports_after(self, item: _Item, steps: int) -> bool:
+        """Whether there is a report after so many steps, of which this was the last."""
+        if self.report_every is None:
+            return item.ends_epoch or self._is_last(item, steps)
+        return steps % self.report_every == 0 or self._is_last(item, steps)
+
+    def _chunks(self) -> Iterator[list[_Item]]:
+        """The batches of one compiled call after another. A report ends a call, so that an interrupted run makes the same."""
+        chunk: list[_Item] = []
+        for steps, item in enumerate(self._walk(), start=self.steps + 1):
+            if chunk and item.form != chunk[0].form:
+                yield chunk
+                chunk = []
+            chunk.append(item)
+            if len(chunk) == self.scanned_steps or self._reports_after(item, steps):
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     def report(self, epoch: int, last: bool) -> None:
         """Compute the numbers of a report, and tell everyone who is to know."""
@@ -375,17 +452,17 @@ class _Loop:
             row["held_out_loss"] = self.held_out(self.run)
         return row
 
-    def _walk(self) -> Iterator[tuple[Any, int, int, bool]]:
-        """Batches with their epoch, how many of it were used with this one, and whether it is its last."""
+    def _walk(self) -> Iterator[_Item]:
+        """The batches that are left."""
         epoch, offset = self.position
 
-        def walk() -> Iterator[tuple[Any, int, int, bool]]:
+        def walk() -> Iterator[_Item]:
             numbers = itertools.count(epoch) if self.source.epochs is None else range(epoch, self.source.epochs)
             for number in numbers:
                 start = offset if number == epoch else 0
                 items = self.source.epoch(number, start)
                 for index, (batch, is_last) in enumerate(_marking_last(items), start=start + 1):
-                    yield batch, number, index, is_last
+                    yield _Item(batch, number, index, is_last)
 
         return itertools.islice(walk(), self._drop, None)
 

@@ -315,6 +315,28 @@ def test_the_step_is_compiled_once_and_again_for_the_last_batch():
     assert len(traced) == 3
 
 
+@pytest.mark.parametrize("batch_size, shapes", [(BATCH, [(4,), (4,), (2,)]), (None, [(10,), (10,)])])
+def test_several_steps_in_one_call_are_the_same_run(batch_size: int | None, shapes: list[Any]):
+    """In calls of at most two; a report, and a batch of another shape, end one."""
+    options = {"key": KEY, "batch_size": batch_size, "report_every": 3, "num_steps": 10}
+    one_by_one = fit(OBJECTIVE, OPTIMIZER, Y, inputs=observing, **options)
+    traced = []
+
+    def counting(batch: Any) -> Any:
+        traced.append(batch.shape)
+        return observing(batch)
+
+    together = fit(OBJECTIVE, OPTIMIZER, Y, inputs=counting, scanned_steps=2, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), together.state.params, one_by_one.state.params)
+    assert [row["step"] for row in together.history] == [3, 6, 9, 10]
+    assert together.state.step == 10
+    for row, other in zip(together.history, one_by_one.history, strict=True):
+        assert row == pytest.approx(other, rel=2e-5)
+    assert [shape for shape in traced if shape in shapes] == traced and len(set(traced)) == len(set(shapes))
+    # Each form is traced for `init`, for a call of two steps and for one of a single step, at most.
+    assert len(traced) <= 4
+
+
 # Variables of all kinds ----------------------------------------------------------------------------------------------
 
 
@@ -507,6 +529,7 @@ def test_arguments_of_another_form_are_refused():
         ("one of `num_epochs` and `num_steps`", lambda: fit(Quadratic(), state, Y)),
         ("one of `num_epochs` and `num_steps`", lambda: fit(Quadratic(), state, Y, num_steps=1, num_epochs=1)),
         ("`num_steps` is a positive integer", lambda: fit(Quadratic(), state, Y, num_steps=0)),
+        ("`scanned_steps` is a positive", lambda: fit(Quadratic(), state, Y, num_steps=1, scanned_steps=0)),
         ("`report_every` is a positive", lambda: fit(Quadratic(), state, Y, num_steps=1, report_every=0)),
         ("without end", lambda: fit(Quadratic(), state, batches(Y, 2, epochs=None))),
         ("their own", lambda: fit(Quadratic(), state, batches(Y, 2), num_epochs=1)),

@@ -77,6 +77,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(uninterrupted: Any, tmp_path
     assert resume_program.train(tmp_path, EPOCHS + 1).history[: len(want["history"]) - 1] == want["history"][:-1]
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_of_scanned_steps_ends_with_the_same_bits(tmp_path: Path):
+    options = {"scanned_steps": 2}
+    want = resume_program.bits(resume_program.train(tmp_path / "uninterrupted", EPOCHS, **options))
+    with pytest.raises(Interrupted):
+        resume_program.train(tmp_path / "interrupted", EPOCHS, callbacks=[interrupting(4)], **options)
+    assert resume_program.bits(resume_program.train(tmp_path / "interrupted", EPOCHS, **options)) == want
+
+
 def test_a_run_that_stopped_early_stays_so(tmp_path: Path):
     stopped = resume_program.train(tmp_path, EPOCHS, callbacks=[lambda state, row: row["step"] >= 9])
     again = resume_program.train(tmp_path, EPOCHS)

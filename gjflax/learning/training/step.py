@@ -6,6 +6,9 @@ With parameters θ, other collections v, a batch b and the keys of step k,
 
 Where the loss or an entry of g is not finite the step is left out: θ, v and the optimiser's state stay, and the number of
 skipped steps grows by one. The step's number always goes on, so that the next step has other keys.
+
+Several steps may be made in one compiled call, as a scan over their batches: where a step takes less time than Python needs
+to call it, that is most of the time.
 """
 
 from __future__ import annotations
@@ -156,7 +159,7 @@ def _scalar(loss: Any) -> Any:
 
 
 def _compiled(function: Callable[..., Any], donate: tuple[int, ...]) -> Callable[..., Any]:
-    """``compiled(objective, inputs, streams)``: the rest of the function, compiled once for equal objectives."""
+    """``compiled(objective, inputs, streams, ...)``: the rest of the function, compiled once for equal objectives."""
 
     def make(*static: Any) -> Callable[..., Any]:
         return jax.jit(functools.partial(function, *static), donate_argnums=donate)
@@ -173,5 +176,22 @@ def _compiled(function: Callable[..., Any], donate: tuple[int, ...]) -> Callable
     return compiled
 
 
+def train_steps(
+    objective: nn.Module, inputs: Inputs, streams: tuple[str, ...], run: Run, batches: Any
+) -> tuple[Run, jax.Array]:
+    """Steps on batches that are stacked on a first axis: the run after them, and the losses."""
+    return jax.lax.scan(functools.partial(train_step, objective, inputs, streams), run, batches)
+
+
+def train_repeatedly(
+    objective: nn.Module, inputs: Inputs, streams: tuple[str, ...], count: int, run: Run, batch: Any
+) -> tuple[Run, jax.Array]:
+    """So many steps on one batch: the run after them, and the losses."""
+    step = functools.partial(train_step, objective, inputs, streams)
+    return jax.lax.scan(lambda run, _: step(run, batch), run, None, length=count)
+
+
 compiled_step = _compiled(train_step, donate=(0,))
+compiled_steps = _compiled(train_steps, donate=(0,))
+compiled_repetition = _compiled(train_repeatedly, donate=(0,))
 compiled_held_out_loss = _compiled(held_out_loss, donate=())
