@@ -55,15 +55,16 @@ from gjflax.core.errors import ArgumentError, SelectionError, UnvisitedConstrain
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifted_switch import switch
 from gjflax.core.lifting import share_inner_scope
+from gjflax.core.outline import Part, Site
 from gjflax.core.pytree import STATIC, Const
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, total
-from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.core.trace import Trace, WrappedTrace, leafwise, total
+from gjflax.core.typing import Address, Arguments, PRNGKey, Score
 from gjflax.language.handlers import call_options
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class CallAtTrace(Trace):
+class CallAtTrace(WrappedTrace):
     """The trace of the call, and the key: a `Const` of a name, or an array with one index."""
 
     gen_fn: Any = dataclasses.field(metadata=STATIC)
@@ -75,22 +76,12 @@ class CallAtTrace(Trace):
         """The key: a name, or an integer as an array."""
         return self.stored_key.value if isinstance(self.stored_key, Const) else self.stored_key[..., 0]
 
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return self.inner.batch_shape
-
     def get_gen_fn(self) -> Any:
         return self.gen_fn
 
     def get_args(self) -> Arguments:
         # Those that the call takes: parameters that the inner function adds to its own are not among them.
         return (*self.inner.get_gen_fn()._arguments_of(self.inner), self.call_key)
-
-    def get_retval(self) -> Any:
-        return self.inner.get_retval()
-
-    def get_score(self) -> Score:
-        return self.inner.get_score()
 
     def project(self, selection: Selection) -> Score:
         below = _subselections(selection, self.call_key)
@@ -122,6 +113,18 @@ class CallAtTrace(Trace):
             below = [selection[int(self.call_key)]]
         choices, log_det = self.inner.unconstrain(below[0])
         return _at_key(choices, self.stored_key), log_det
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        if isinstance(self.stored_key, Const):
+            return self.inner.outline((*prefix, self.stored_key.value))
+        return tuple(Site(address, leaf) for address, leaf in self.leaves(prefix))
+
+    def get_subtree(self, address: Address) -> Any:
+        return self.strip().get_subtree(address)
+
+    def chosen(self, accepted: Any, old: Any) -> Trace:
+        stored_key = leafwise(accepted, self.stored_key, old.stored_key)
+        return CallAtTrace(self.gen_fn, stored_key, self.inner.chosen(accepted, old.inner))
 
 
 class CallAt(GenerativeFunction):

@@ -26,10 +26,8 @@ from gjflax.core.errors import ArgumentError, show_address
 from gjflax.core.generative_function import GenerativeFunction, is_same
 from gjflax.core.in_place import chosen_leaves, remember, stored_leaves
 from gjflax.core.lifting import share_inner_scope
-from gjflax.core.outline import Part
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, leafwise, plain
+from gjflax.core.trace import CallTrace, Trace, WrappedTrace, canonical, leafwise, plain
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.language.dependency import dependencies_in
 from gjflax.language.incremental import (
@@ -44,47 +42,14 @@ from gjflax.language.incremental import (
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DimapTrace(Trace):
+class DimapTrace(CallTrace, WrappedTrace):
     """The trace of the inner function, with the outer arguments and the outer return value."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     retval: Any
     inner: Trace
 
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
-
     def get_retval(self) -> Any:
         return plain(self.retval)
-
-    def get_score(self) -> Score:
-        return self.inner.get_score()
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return self.inner.batch_shape
-
-    def project(self, selection: Selection) -> Score:
-        return self.inner.project(selection)
-
-    def strip(self) -> ChoiceMap:
-        return self.inner.strip()
-
-    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
-        return self.inner.leaves(prefix)
-
-    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
-        return self.inner.outline(prefix)
-
-    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
-        return self.inner.unconstrain(selection)
-
-    def get_subtree(self, address: Any) -> Any:
-        return self.inner.get_subtree(address)
 
     def chosen(self, accepted: Any, old: Any) -> Trace:
         written = getattr(self, "written", None)

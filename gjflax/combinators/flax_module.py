@@ -24,26 +24,17 @@ from gjflax.core.errors import ArgumentError, UnvisitedConstraintError, show_add
 from gjflax.core.frozen import hashable, thawed
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifting import share_inner_scope
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, plain
+from gjflax.core.trace import CallTrace, Trace, canonical, plain
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FlaxModuleTrace(Trace):
+class FlaxModuleTrace(CallTrace):
     """The arguments and the output of a module; and a score of 0, so that a batch of traces has a batch of scores."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     retval: Any
     score: Any
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return plain(self.retval)

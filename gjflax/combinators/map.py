@@ -64,24 +64,16 @@ from gjflax.core.masked import Masked, has_masked
 from gjflax.core.outline import PLATE, Group, Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, leafwise, plain, total
+from gjflax.core.trace import CallTrace, Trace, canonical, leafwise, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MapTrace(Trace):
+class MapTrace(CallTrace):
     """The traces of the elements, as one trace with a leading axis."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     inner: Trace
     length: int = dataclasses.field(metadata=STATIC)
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return self.inner.get_retval()

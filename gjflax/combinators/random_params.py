@@ -45,9 +45,8 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.keys import KeySource, typed_key
 from gjflax.core.lifting import share_inner_scope
 from gjflax.core.outline import Part
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
-from gjflax.core.trace import Trace, canonical, leafwise, plain, total
+from gjflax.core.trace import CallTrace, Trace, canonical, leafwise, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.distributions.distribution import DistributionTrace
 from gjflax.distributions.shaped import Shaped, shaped
@@ -56,11 +55,9 @@ from gjflax.distributions.shaped import Shaped, shaped
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RandomParamsTrace(Trace):
+class RandomParamsTrace(CallTrace):
     """The parameters that are choices, by path, and the run of the network under them."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     params: dict[str, DistributionTrace]
     inner: Trace
 
@@ -68,12 +65,6 @@ class RandomParamsTrace(Trace):
     def by_path(self) -> dict[Path, DistributionTrace]:
         """The traces of the parameters, by path as a tuple."""
         return {tuple(path.split("/")): trace for path, trace in self.params.items()}
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return self.inner.get_retval()

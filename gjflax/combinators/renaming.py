@@ -45,7 +45,7 @@ from gjflax.core.lifting import share_inner_scope
 from gjflax.core.outline import Group, Part
 from gjflax.core.pytree import STATIC, static_field
 from gjflax.core.selection import AllSelection, NoneSelection, Selection, select
-from gjflax.core.trace import Trace
+from gjflax.core.trace import Trace, WrappedTrace
 from gjflax.core.typing import Arguments, Component, PRNGKey, Score
 
 Path = tuple[str, ...]
@@ -256,7 +256,7 @@ class _Renamed(Selection):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RenamedTrace(Trace):
+class RenamedTrace(WrappedTrace):
     """The trace of the inner function, whose choices have other names."""
 
     gen_fn: Any = dataclasses.field(metadata=STATIC)
@@ -268,19 +268,6 @@ class RenamedTrace(Trace):
 
     def get_gen_fn(self) -> Any:
         return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return self.inner.get_args()
-
-    def get_retval(self) -> Any:
-        return self.inner.get_retval()
-
-    def get_score(self) -> Score:
-        return self.inner.get_score()
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return self.inner.batch_shape
 
     def project(self, selection: Selection) -> Score:
         return self.inner.project(self.moves.inner_selection(selection))
@@ -308,9 +295,6 @@ class RenamedTrace(Trace):
         with renaming(moves.outer_address):
             choices, log_det = self.inner.unconstrain(moves.inner_selection(selection))
         return moves.outer(choices), log_det
-
-    def chosen(self, accepted: Any, old: Any) -> Trace:
-        return RenamedTrace(self.gen_fn, self.inner.chosen(accepted, old.inner))
 
     def get_subtree(self, address: Any) -> Any:
         components = address if isinstance(address, tuple) else (address,)

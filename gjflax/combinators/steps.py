@@ -53,17 +53,15 @@ from gjflax.core.masked import Masked, where
 from gjflax.core.outline import STEPS, Group, Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, leafwise, plain, total
+from gjflax.core.trace import CallTrace, Trace, canonical, leafwise, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.language.handlers import call_options
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class StepsTrace(Trace):
+class StepsTrace(CallTrace):
     """The traces of the steps, as one trace with a leading axis."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     inner: Trace
     length: int = dataclasses.field(metadata=STATIC)
 
@@ -79,12 +77,6 @@ class StepsTrace(Trace):
     def counts(self, index: Any) -> Any:
         """Whether the step at an index counts; None where every one does."""
         return None
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_score(self) -> Score:
         return sum_active(self.inner.get_score(), self.active)

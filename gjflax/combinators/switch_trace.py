@@ -19,18 +19,15 @@ from gjflax.core.context import current_address
 from gjflax.core.errors import NotImplementedByGenerativeFunctionError, show_address
 from gjflax.core.masked import where
 from gjflax.core.outline import BRANCH, SWITCH, Group, Part
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, plain, total
-from gjflax.core.typing import Arguments, Score
+from gjflax.core.trace import CallTrace, Trace, total
+from gjflax.core.typing import Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SwitchTrace(Trace):
+class SwitchTrace(CallTrace):
     """The traces of the branches; those of branches that were not taken are zero."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     branches: tuple[Trace, ...]
 
     @property
@@ -46,12 +43,6 @@ class SwitchTrace(Trace):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.args[0])
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return self.gen_fn.choose_retval(self.taken, [branch.get_retval() for branch in self.branches])

@@ -24,50 +24,21 @@ from gjflax.core.errors import ArgumentError
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.interface import is_tracer
 from gjflax.core.lifting import share_inner_scope
-from gjflax.core.outline import Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, strong
+from gjflax.core.trace import Trace, WrappedTrace, strong
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TrainTrace(Trace):
-    """The trace of the inner function, whose last argument are the parameters."""
+class TrainTrace(WrappedTrace):
+    """The trace of the inner function, whose last argument, in `get_args` too, are the parameters."""
 
     gen_fn: Any = dataclasses.field(metadata=STATIC)
     inner: Trace
 
     def get_gen_fn(self) -> Any:
         return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        """The arguments, and the parameters after them."""
-        return self.inner.get_args()
-
-    def get_retval(self) -> Any:
-        return self.inner.get_retval()
-
-    def get_score(self) -> Score:
-        return self.inner.get_score()
-
-    def project(self, selection: Selection) -> Score:
-        return self.inner.project(selection)
-
-    def strip(self) -> ChoiceMap:
-        return self.inner.strip()
-
-    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
-        return self.inner.leaves(prefix)
-
-    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
-        return self.inner.outline(prefix)
-
-    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
-        return self.inner.unconstrain(selection)
-
-    def get_subtree(self, address: Any) -> Any:
-        return self.inner.get_subtree(address)
 
 
 class FrozenParams:

@@ -175,16 +175,11 @@ class BuiltinSelection(Selection):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class _Union(Selection):
+class _Pair(Selection):
+    """What two selections say together."""
+
     left: Selection = static_field()
     right: Selection = static_field()
-
-    def get_subselection(self, component: Component) -> Selection:
-        return self.left.get_subselection(component) | self.right.get_subselection(component)
-
-    @property
-    def includes_root(self) -> bool:
-        return self.left.includes_root or self.right.includes_root
 
     @property
     def indices(self) -> frozenset[int]:
@@ -196,24 +191,23 @@ class _Union(Selection):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class _Intersection(Selection):
-    left: Selection = static_field()
-    right: Selection = static_field()
+class _Union(_Pair):
+    def get_subselection(self, component: Component) -> Selection:
+        return self.left.get_subselection(component) | self.right.get_subselection(component)
 
+    @property
+    def includes_root(self) -> bool:
+        return self.left.includes_root or self.right.includes_root
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Intersection(_Pair):
     def get_subselection(self, component: Component) -> Selection:
         return self.left.get_subselection(component) & self.right.get_subselection(component)
 
     @property
     def includes_root(self) -> bool:
         return self.left.includes_root and self.right.includes_root
-
-    @property
-    def indices(self) -> frozenset[int]:
-        return self.left.indices | self.right.indices
-
-    @property
-    def addresses(self) -> list[tuple[Component, ...]]:
-        return [*self.left.addresses, *self.right.addresses]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ Scores are kept part by part and added up when asked for. All methods work on a 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError, SelectionError, nearest, show_address
 from gjflax.core.outline import Part, Site
-from gjflax.core.pytree import Const, Pytree
+from gjflax.core.pytree import STATIC, Const, Pytree
 from gjflax.core.selection import AllSelection, Selection
 from gjflax.core.typing import Address, Arguments, Score
 
@@ -122,6 +123,60 @@ class Trace(Pytree):
             near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
             raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
         return selected
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CallTrace(Trace):
+    """A trace that stores its generative function and its arguments, as `canonical` makes them."""
+
+    gen_fn: Any = dataclasses.field(metadata=STATIC)
+    args: Any
+
+    def get_gen_fn(self) -> Any:
+        return self.gen_fn
+
+    def get_args(self) -> Arguments:
+        return plain(self.args)
+
+
+class WrappedTrace(Trace):
+    """A trace that has another one, `inner`, and hands on what that says; a subclass says what differs."""
+
+    inner: Trace
+
+    def get_args(self) -> Arguments:
+        return self.inner.get_args()
+
+    def get_retval(self) -> Any:
+        return self.inner.get_retval()
+
+    def get_score(self) -> Score:
+        return self.inner.get_score()
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.inner.batch_shape
+
+    def project(self, selection: Selection) -> Score:
+        return self.inner.project(selection)
+
+    def strip(self) -> ChoiceMap:
+        return self.inner.strip()
+
+    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
+        return self.inner.leaves(prefix)
+
+    def outline(self, prefix: tuple[Any, ...] = ()) -> tuple[Part, ...]:
+        return self.inner.outline(prefix)
+
+    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
+        return self.inner.unconstrain(selection)
+
+    def get_subtree(self, address: Address) -> Any:
+        return self.inner.get_subtree(address)
+
+    def chosen(self, accepted: Any, old: Any) -> Trace:
+        return self.replace(inner=self.inner.chosen(accepted, old.inner))
 
 
 def leafwise(accepted: Any, new: Any, old: Any) -> Any:

@@ -46,7 +46,7 @@ from gjflax.core.interface import is_tracer
 from gjflax.core.masked import Masked
 from gjflax.core.pytree import STATIC, Pytree
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, plain, strong
+from gjflax.core.trace import CallTrace, Trace, canonical, plain, strong
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.core.watching import watched
 from gjflax.distributions.arguments import free_promotion, site, wider
@@ -80,16 +80,11 @@ def _unpacked(args: Any) -> Arguments:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DistributionTrace(Trace):
+class DistributionTrace(CallTrace):
     """A value drawn from, or given to, a distribution."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     value: Any
     score: Any
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
 
     def get_args(self) -> Arguments:
         return _unpacked(self.args)
@@ -620,7 +615,7 @@ def _is_selected(selection: Selection, label: str) -> bool:
         named = f"the choice {site(label)}" if current_address() else f"a choice of {label}"
         raise SelectionError(
             f"The selection names elements {sorted(selection.indices)} of {named}, which is one value. "
-            "Make its elements choices with `Map`; where it stands in one, the index comes before the name: (0, \"y\")."
+            'Make its elements choices with `Map`; where it stands in one, the index comes before the name: (0, "y").'
         )
     return selection.includes_root
 

@@ -33,20 +33,17 @@ from gjflax.core.errors import (
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifting import is_lifted
 from gjflax.core.outline import Part
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.trace import CallTrace, Trace, canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.distributions.distribution import Distribution
 from gjflax.language import handlers, incremental
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BuiltinTrace(Trace):
+class BuiltinTrace(CallTrace):
     """A run of a body: the traces of its callees by address."""
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     retval: Any
     choices: dict[str, Trace]
 
@@ -54,12 +51,6 @@ class BuiltinTrace(Trace):
     def by_path(self) -> dict[handlers.Path, Trace]:
         """The callees' traces, by address as a tuple."""
         return {tuple(address.split("/")): trace for address, trace in self.choices.items()}
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return plain(self.retval)

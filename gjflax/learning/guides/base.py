@@ -35,13 +35,13 @@ from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.keys import KeySource, typed_key
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
-from gjflax.core.trace import Trace, canonical, plain, total
+from gjflax.core.trace import CallTrace, Trace, canonical, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.learning.guides.latents import Address, Latent, Latents, Placeholder, Points, Program, find_latents
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GuideTrace(Trace):
+class GuideTrace(CallTrace):
     """The values that a guide drew, with the points of R^n behind them.
 
     Attributes:
@@ -53,17 +53,9 @@ class GuideTrace(Trace):
         the joint log density at ``()``.
     """
 
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    args: Any
     points: dict[str, Any]
     values: dict[str, Any]
     scores: dict[str, Any]
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_args(self) -> Arguments:
-        return plain(self.args)
 
     def get_retval(self) -> Any:
         return self.strip().to_dict()
