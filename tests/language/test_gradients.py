@@ -205,6 +205,46 @@ def test_unzip_composes_with_every_order_of_differentiation():
     np.testing.assert_array_equal(retval({"z": z}, *args), tr["y"])
 
 
+@gen
+def growing(time, state, rate):
+    noise = trace("noise", Normal)(0.1 * state, rate)
+    return state + noise**2
+
+
+@pytest.mark.parametrize(
+    "model, args, held",
+    [
+        (inner, (np.array(0.7),), select("scale")),
+        (Map(inner), (np.array([0.7, 1.3, 0.4]),), select()),
+        (gjflax.Unfold(growing, max_length=4), (4, np.array(0.5), np.array(0.8)), select()),
+    ],
+    ids=["function", "map", "unfold"],
+)
+def test_the_gradient_of_what_is_returned_adds_up_with_that_of_the_score(model: Any, args: Any, held: Any):
+    """∇ (log p + ⟨g, return value⟩) in choices and arguments, for g a gradient that comes back from outside."""
+    key = jax.random.key(0)
+    args = tuple(jnp.asarray(arg) if isinstance(arg, np.ndarray) else arg for arg in args)
+    _, tr = model.simulate(key, args)
+    _, score, retval = model.unzip(key, tr.strip().filter(held))
+    static, floating = args[:-1], args[-1]
+    weights = numbers(jax.eval_shape(lambda: tr.get_retval()), 4)
+
+    def objective(choices, floating):
+        at = (choices, *static, floating)
+        return score(*at) + sum(
+            jnp.vdot(g, r) for g, r in zip(*map(jax.tree.leaves, (weights, retval(*at))), strict=True)
+        )
+
+    free = tr.strip().filter(~held)
+    close(
+        jax.jit(jax.grad(objective, argnums=(0, 1)))(free, floating),
+        by_differences(lambda at: objective(*at), (free, floating)),
+    )
+    got = jax.grad(objective)(free, floating)
+    of_score = jax.grad(lambda choices: score(choices, *static, floating))(free)
+    assert any(np.any(np.abs(a - b) > 1e-3) for a, b in zip(*map(jax.tree.leaves, (got, of_score)), strict=True))
+
+
 def test_unzip_splits_a_vector_of_choices():
     """Some elements of a Map are held and the others free, in any order."""
     points = Map(Normal, in_axes=(0, None))

@@ -95,7 +95,7 @@ class ImportanceWeightedELBO(Objective):
             require_pathwise(sites, kinds_of(sites))
             choices = jax.tree.map(lambda leaf: _scaled(leaf, factor), trace.strip())
             log_q = runs.score_of_stopped(objective.guide, guide_key, choices, guide_args)
-            return runs.assess(objective.model, model_key, choices.merge(observed), model_args) - log_q
+            return runs.assess(objective.model, model_key, runs.merged(choices, observed), model_args) - log_q
 
         weigh = vmap_module(log_weight, (0, 0), self.num_samples)
         # The factor is the normalised weight, so the weights are computed twice; XLA makes one of the two.

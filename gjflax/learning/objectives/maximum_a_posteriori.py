@@ -60,6 +60,6 @@ class MAP(Objective):
     def loss(self, key: PRNGKey, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
         model_key, guide_key = runs.split(key)
         _, trace = self.guide.simulate(guide_key, guide_args)
-        log_p = runs.assess(self.model, model_key, trace.strip().merge(observed), model_args)
+        log_p = runs.assess(self.model, model_key, runs.merged(trace.strip(), observed), model_args)
         self.sow_diagnostics(log_joint=log_p)
         return -jnp.asarray(log_p)

@@ -80,7 +80,7 @@ class WakeSleep(Objective):
             _, trace = objective.guide.simulate(guide_key, guide_args)
             choices = jax.tree.map(lax.stop_gradient, trace.strip())
             log_q = objective.guide.assess(guide_key, choices, guide_args)[1][1]
-            return runs.assess(objective.model, model_key, choices.merge(observed), model_args), log_q
+            return runs.assess(objective.model, model_key, runs.merged(choices, observed), model_args), log_q
 
         log_p, log_q = self.over_samples(one, awake)
         log_weights = lax.stop_gradient(log_p - log_q)
