@@ -327,7 +327,9 @@ def test_several_steps_in_one_call_are_the_same_run(batch_size: int | None, shap
         return observing(batch)
 
     together = fit(OBJECTIVE, OPTIMIZER, Y, inputs=counting, scanned_steps=2, **options)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), together.state.params, one_by_one.state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), together.state.params, one_by_one.state.params
+    )
     assert [row["step"] for row in together.history] == [3, 6, 9, 10]
     assert together.state.step == 10
     for row, other in zip(together.history, one_by_one.history, strict=True):
