@@ -1,0 +1,18 @@
+"""Hyperparameters for a run of seconds, which tests that everything runs."""
+
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The default hyperparameters, with few guides, steps and draws."""
+    spec = importlib.util.spec_from_file_location("default", Path(__file__).with_name("default.py"))
+    default = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(default)
+    config = default.get_config()
+    config.guides = ("AutoNormal", "AutoLaplace")
+    for part in (config.schools, config.regression):
+        part.num_steps, part.report_every, part.num_samples, part.num_draws = 60, 20, 2, 400
+    return config
