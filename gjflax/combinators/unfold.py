@@ -183,7 +183,7 @@ class Unfold(Steps):
 
     @nn.nowrap
     def _arguments(self, args: Arguments, state: Any, x: Any) -> Arguments:
-        return (x, state, *args[2:])
+        return (x, state, *_indexable(args[2:]))
 
     @nn.nowrap
     def _state_in(self, args: Arguments) -> Any:
@@ -191,7 +191,7 @@ class Unfold(Steps):
 
     @nn.nowrap
     def _argdiffs(self, args: Arguments, state: Any) -> Arguments:
-        return (no_change(args[0]), state, *Diff.mark(args[2:], no_change))
+        return (no_change(args[0]), state, *Diff.mark(_indexable(args[2:]), no_change))
 
     @nn.nowrap
     def _retdiff(self, change: StepsChange, trace: UnfoldTrace) -> Any:
@@ -215,3 +215,8 @@ class Unfold(Steps):
     @nn.nowrap
     def _retval(self, plan: Plan, retvals: Any, last: Any) -> Any:
         return plain(retvals if plan.active is None else _repeat_last(retvals, plan.initial, plan.active))
+
+
+def _indexable(args: Arguments) -> Arguments:
+    """Arguments that a kernel may index by the time, which is known to JAX alone, and not to NumPy."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, args)

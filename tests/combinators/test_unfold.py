@@ -27,6 +27,7 @@ from combinators.chain import (
     twice,
     types,
 )
+from scipy import stats
 
 from gjflax import (
     AllSelection,
@@ -374,3 +375,17 @@ def test_a_known_length_stays(tr: Any):
     regenerate = jax.jit(lambda n: chain.regenerate(KEY, tr, NoneSelection(), (n, *ARGS))[1][1])
     close(regenerate(N), 0.0)
     assert np.isnan(regenerate(3))
+
+
+def test_a_numpy_array_may_be_indexed_by_time():
+    inputs = np.array([0.5, -1.0, 2.0], np.float32)
+    driven = Unfold(gen(lambda time, state, inputs: trace("x", Normal)(state + inputs[time], 0.4)), 3)
+    args = (3, jnp.float32(0.1), inputs)
+    tr = driven.simulate(KEY, args)[1]
+    states = np.concatenate([[0.1], np.asarray(tr["x"])[:-1]])
+    close(tr.get_score(), np.sum(stats.norm.logpdf(np.asarray(tr["x"]), states + inputs, 0.4)))
+    unchanged = (3, Diff.no_change(args[1]), Diff.no_change(inputs))
+    for index in (1, jnp.int32(1)):
+        moved = VectorChoiceMap([index], {"x": jnp.array([0.3])})
+        _, (_, weight, new, _) = jax.jit(lambda tr, moved=moved: driven.update(KEY, tr, moved, unchanged))(tr)
+        close(weight, driven.assess(KEY, new.strip(), args)[1][1] - tr.get_score())
