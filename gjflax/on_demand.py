@@ -65,6 +65,7 @@ from gjflax.learning.objectives.importance_weighted import ImportanceWeightedELB
 from gjflax.learning.objectives.maximum_a_posteriori import MAP as MAP
 from gjflax.learning.objectives.maximum_likelihood import MaximumLikelihood as MaximumLikelihood
 from gjflax.learning.objectives.renyi import Renyi as Renyi
+from gjflax.learning.objectives.smc import SMCObjective as SMCObjective
 from gjflax.learning.objectives.vimco import VIMCO as VIMCO
 from gjflax.learning.objectives.wake_sleep import WakeSleep as WakeSleep
 from gjflax.learning.training.checkpoints import Checkpoints as Checkpoints

@@ -28,7 +28,7 @@ from gjflax.core.masked import Masked
 from gjflax.core.trace import Trace
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.learning.estimators.relaxed import RELAXED
-from gjflax.learning.sites import Site
+from gjflax.learning.sites import Site, sites_of
 
 
 @contextlib.contextmanager
@@ -53,6 +53,18 @@ def assess(model: Any, key: PRNGKey, choices: ChoiceMap, args: Arguments) -> Sco
     """log p of the guide's and the observed choices."""
     with choices_of_both():
         return model.assess(key, choices, args)[1][1]
+
+
+def density(
+    model: Any, key: PRNGKey, choices: ChoiceMap, args: Arguments, sites: tuple[Site, ...], kinds: tuple[str, ...]
+) -> tuple[Any, Score]:
+    """The return value, and log p of the guide's and the observed choices; sites and kinds are those of the guide."""
+    if RELAXED not in kinds:
+        with choices_of_both():
+            return model.assess(key, choices, args)[1]
+    trace, correction = weigh(model, key, choices, args)
+    require_floats(sites, kinds, sites_of(trace))
+    return trace.get_retval(), trace.get_score() + correction
 
 
 def weigh(model: Any, key: PRNGKey, choices: ChoiceMap, args: Arguments) -> tuple[Trace, Any]:

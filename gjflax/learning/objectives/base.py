@@ -205,11 +205,7 @@ class Objective(nn.Module):
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, sites: tuple[Site, ...], kinds: tuple[str, ...]
     ) -> Any:
         """log p of all choices."""
-        if RELAXED not in kinds:
-            return runs.assess(self.model, key, choices, args)
-        trace, correction = runs.weigh(self.model, key, choices, args)
-        runs.require_floats(sites, kinds, sites_of(trace))
-        return trace.get_score() + correction
+        return runs.density(self.model, key, choices, args, sites, kinds)[1]
 
 
 def require_pathwise(sites: tuple[Site, ...], kinds: tuple[str, ...]) -> None:
