@@ -230,6 +230,7 @@ def test_assess_is_unbiased(name: str):
     within(16 * one_hot(number, np.exp(np.float64(score))), TABLE.ravel(), "E[ξ] = p(u)")
 
 
+@pytest.mark.slow
 @each_algorithm
 def test_simulate_draws_from_the_density_with_a_score_whose_inverse_is_unbiased(name: str):
     traces = drawn(name)[0]

@@ -482,7 +482,8 @@ def test_errors():
         def outer():
             return trace("tree", Recurse(production, add, leaf, 2, 1))(1.0)
 
-        return outer.simulate(KEYS[0], ())
+        # Errors come while tracing.
+        return jax.eval_shape(lambda key: outer.simulate(key, ()), KEYS[0])
 
     two = jnp.zeros(2)
     with_production(0.0, two, 1)
@@ -515,4 +516,4 @@ def test_errors():
     with pytest.raises(ArgumentError, match="`Recurse` takes generative functions"):
         Recurse(lambda u: u, add, leaf, 1, 1)
     with pytest.raises(UnvisitedConstraintError, match="level_3"):
-        grammar.importance(KEYS[0], {("level_3", "production", 0, "rule"): 1}, ARGS)
+        jax.eval_shape(lambda key: grammar.importance(key, {("level_3", "production", 0, "rule"): 1}, ARGS), KEYS[0])

@@ -173,6 +173,7 @@ def test_an_update_under_other_parameters_weighs_the_change(name: str):
     assert new is tr and Diff.is_unchanged((retdiff,)) and weight == 0.0
 
 
+@pytest.mark.slow
 @each
 def test_init_by_every_method(name: str):
     make, args, *_ = CASES[name]

@@ -250,6 +250,7 @@ def test_at_the_exact_posterior_every_log_weight_is_the_evidence(
     check_draws(example, fitted, exact_regression.mean, np.sqrt(np.diag(exact_regression.covariance)))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_the_full_covariance_meets_the_exact_posterior(
     example: SimpleNamespace, exact_regression: Any, optax_promotes: None

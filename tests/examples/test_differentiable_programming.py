@@ -60,6 +60,7 @@ def test_every_part_is_compared_with_exact_values(example: SimpleNamespace) -> N
         assert check["passed"] and 0 < check["tolerance"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_exact_values_are_those_of_scipy(example: SimpleNamespace) -> None:
     by_name = {check["name"]: check for check in example.CHECKS}
     x, y = (np.asarray(example.data["centre"][name, "pos"], np.float64) for name in "xy")

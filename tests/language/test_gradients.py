@@ -215,7 +215,7 @@ def growing(time, state, rate):
     "model, args, held",
     [
         (inner, (np.array(0.7),), select("scale")),
-        (Map(inner), (np.array([0.7, 1.3, 0.4]),), select()),
+        pytest.param(Map(inner), (np.array([0.7, 1.3, 0.4]),), select(), marks=pytest.mark.slow),
         (gjflax.Unfold(growing, max_length=4), (4, np.array(0.5), np.array(0.8)), select()),
     ],
     ids=["function", "map", "unfold"],

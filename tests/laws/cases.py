@@ -707,13 +707,14 @@ CASES = [
     all_in_each_other,
 ]
 
-QUICK = (regression, mapped_network, learned)
+QUICK = (regression, learned)
 """The cases of the default tests. The sweep of random programs holds all combinators to the same laws."""
 
 SLOW = (
     chain,
     nested,
     grid,
+    mapped_network,
     own_parameters,
     mapped_learned,
     mapped_bayesian,
@@ -740,5 +741,5 @@ def _each(quick: tuple[Case, ...]) -> Any:
 each_case = _each(QUICK)
 """A law for every case."""
 
-each_case_with_parameters = _each((chain, network, mapped_network, learned, mapped_learned))
+each_case_with_parameters = _each((chain, network, learned, mapped_learned))
 """A law for every case, which has little to say of those without parameters: by default it runs for one of these."""

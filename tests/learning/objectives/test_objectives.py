@@ -265,6 +265,7 @@ def posterior():
     return {"loc": SCALE * X / 0.25 / precision, "log_scale": -0.5 * jnp.log(precision)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("doubly", [False, True])
 def test_at_the_posterior_every_bound_is_the_evidence(doubly):
     objective = ImportanceWeightedELBO(normal_model, NormalGuide(), num_samples=4, doubly_reparameterized=doubly)

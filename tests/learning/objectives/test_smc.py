@@ -482,6 +482,7 @@ def test_wrappers_are_looked_through() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_maps_are_filters_side_by_side() -> None:
     """The loss is the sum of the sequences', each with its key; of a batch of a population as often as it counts."""
     model, guide = coins(3)
