@@ -50,17 +50,24 @@ def _compile_fast(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-MEMORY = 3 * 2**30
-"""Bytes at which a process forgets what it has traced and compiled: the tests make thousands of programs."""
+GROWTH = 2**30
+"""After so many more bytes a process forgets what it has traced and compiled: the tests make thousands of programs."""
+_memory = 0
 
 
 @pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
+    global _memory
     yield
     statistics = Path("/proc/self/statm")
-    if statistics.exists() and int(statistics.read_text().split()[1]) * resource.getpagesize() > MEMORY:
+    if not statistics.exists():
+        return
+    now = int(statistics.read_text().split()[1]) * resource.getpagesize()
+    _memory = _memory or now
+    if now > _memory + GROWTH:
         jax.clear_caches()
         gc.collect()
+        _memory = now
 
 
 @pytest.fixture(autouse=True)
