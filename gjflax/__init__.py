@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `gjflax.on_demand`."""
+    """A name of `gjflax.on_demand`; for ``from gjflax import *`` all of them."""
+    if name == "__all__":
+        return [public for public in __dir__() if not public.startswith("_")]
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

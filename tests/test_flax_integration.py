@@ -643,3 +643,10 @@ def test_gradients_are_trees_like_the_state(variables: Any, tr: Any):
     close(moved.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads))
     _, (_, weight, _, _) = Network().bind({"params": moved.params}).update(KEY, tr, {}, (Diff.no_change(X),))
     close(weight, by_hand(moved.params, tr["z"], tr["y"]) - tr.get_score())
+
+
+def test_a_star_import_has_every_public_name():
+    names: dict[str, Any] = {}
+    exec("from gjflax import *", names)
+    assert {"Normal", "Unfold", "ELBO", "fit", "render_model"} <= names.keys()
+    assert not [name for name in names if name.startswith("_") and name != "__builtins__"]

@@ -158,6 +158,9 @@ class KeptTrace(Trace):
     def get_retval(self) -> Any:
         return self.inner.get_retval()
 
+    def strip(self) -> ChoiceMap:
+        return self.inner.strip()
+
     def get_score(self) -> Score:
         """The score, where it is that of this one choice alone."""
         if not isinstance(self.marginal.strip(), VectorChoiceMap) and len(self.marginal.strip().addresses()) == 1:

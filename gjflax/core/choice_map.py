@@ -295,8 +295,9 @@ class VectorChoiceMap(ChoiceMap):
 
     Args:
       indices: which elements: a range, list, tuple or numpy array of integers, which are checked while tracing, or
-        a JAX array of integers (possibly traced), which cannot be.
-      inner: a choice map, or nested dict, whose values have a leading axis as long as `indices`.
+        a JAX array of integers (possibly traced), which cannot be. Of a vector inside of another one the array has the
+        axis of the outer one before its own.
+      inner: a choice map, or nested dict, whose values have the axes of `indices` before their own.
 
     Raises:
       ChoiceMapError: if the indices repeat or are not integers, or a value has another leading axis.
@@ -304,6 +305,13 @@ class VectorChoiceMap(ChoiceMap):
     >>> chm = VectorChoiceMap([0, 3], {"pos": jnp.array([1.0, 2.0])})
     >>> float(chm[3, "pos"])
     2.0
+
+    One element of a vector in a vector, at indices that may be traced:
+
+    >>> i, j = jnp.array(1), jnp.array(2)
+    >>> chm = VectorChoiceMap(i[None], VectorChoiceMap(j[None, None], jnp.array([[0.5]])))
+    >>> chm.inner.indices.shape
+    (1, 1)
     """
 
     indices: Any
@@ -312,15 +320,23 @@ class VectorChoiceMap(ChoiceMap):
     def __post_init__(self) -> None:
         object.__setattr__(self, "inner", choice_map(self.inner))
         object.__setattr__(self, "indices", _check_indices(self.indices))
-        length = len(self)
+        shape = (len(self),) if self.static_indices is not None else self.indices.shape
         for address in self.inner.addresses():
             value = self.inner.get_subtree(address).get_value()
             for leaf in jax.tree.leaves(value):
-                if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != length:
+                if jnp.shape(leaf)[: len(shape)] != shape:
                     raise ChoiceMapError(
-                        f"A VectorChoiceMap of {length} indices needs values with a leading axis of {length}; "
-                        f"the value at {show_address(address)} has shape {jnp.shape(leaf)}."
+                        f"A VectorChoiceMap of {_counted(shape)} needs values with {_leading(shape)}; the value at "
+                        f"{show_address(address)} has shape {jnp.shape(leaf)}."
                     )
+        for inside in _vectors_in(self.inner):
+            indices = inside.indices
+            if inside.static_indices is None and indices.shape[:-1] != shape:
+                raise ChoiceMapError(
+                    f"Inside of a VectorChoiceMap of {_counted(shape)} a vector's indices have {_leading(shape)} too; got "
+                    f"indices of shape {indices.shape}. For one element (i, j): "
+                    "VectorChoiceMap(i[None], VectorChoiceMap(j[None, None], values[None, None]))."
+                )
 
     def __len__(self) -> int:
         indices = self.static_indices
@@ -472,9 +488,26 @@ def _check_indices(indices: Any) -> Any:
         if array.size and array.min() < 0:
             raise ChoiceMapError(f"Indices count from 0; got {array.tolist()}.")
         return Const(tuple(array.tolist()))
-    if hasattr(indices, "dtype") and jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim == 1:
+    if isinstance(indices, jax.Array) and jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1:
         return indices
     raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
+
+
+def _counted(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} indices" if len(shape) == 1 else f"indices of shape {shape}"
+
+
+def _leading(shape: tuple[int, ...]) -> str:
+    return f"a leading axis of {shape[0]}" if len(shape) == 1 else f"the leading axes {shape}"
+
+
+def _vectors_in(choices: ChoiceMap) -> Iterator[VectorChoiceMap]:
+    """The outermost vectors in these choices."""
+    if isinstance(choices, VectorChoiceMap):
+        yield choices
+    else:
+        for name in choices.names():
+            yield from _vectors_in(choices.get_submap(name))
 
 
 def has_vector(choices: ChoiceMap) -> bool:
@@ -708,7 +741,8 @@ def _stack(elements: dict[int, ChoiceMap], axes: int = 0) -> ChoiceMap:
     parts = _flagged_alike(*elements.values(), axes=axes)
     if len({jax.tree.structure(part) for part in parts}) > 1:
         raise ChoiceMapError(
-            f"The elements {sorted(elements)} of a vector have choices at different addresses; give each the same."
+            f"The elements {sorted(elements)} of a vector have choices at different addresses. Give each the same; or values "
+            "for all elements with flags of those that are there, `Masked(values, flags)`."
         )
     inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves], axes), *parts)
     return vector(_check_indices(tuple(elements)), inner)

@@ -83,6 +83,11 @@ class Trace(Pytree):
         """Of the trace of a single choice: whether its value, as drawn, is differentiable in the arguments."""
         return False
 
+    @property
+    def counts_for_others(self) -> bool:
+        """Of a trace that gives no single choices: whether some count more than once, for a batch's population."""
+        return False
+
     def get_subtree(self, address: Address) -> Any:
         """The trace, or the choices, below an address."""
         return self.strip().get_subtree(address)

@@ -399,7 +399,18 @@ class _Builder:
             merged[mark.kind, mark.path] = self._nodes[number] = node
 
     def _known(self, origins: Iterable[_Origin]) -> list[_Origin]:
-        return [origin for origin in origins if origin.mark in self._nodes]
+        """The origins that have a node; in the place of choices that are integrated out, what leads to these."""
+        found: dict[_Origin, None] = {}
+        left, seen = list(origins), set()
+        while left:
+            origin = left.pop()
+            if origin.mark in self._nodes:
+                found[origin] = None
+            elif self._marks[origin.mark].kind == CHOICE and origin not in seen:
+                seen.add(origin)
+                leads = self._marks[origin.mark].leads
+                left += [_Origin(lead.mark, lead.previous or origin.previous) for lead in leads]
+        return list(found)
 
     def _is_in(self, name: str, group: str) -> bool:
         """Whether a node or group stands in a group."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -43,6 +44,10 @@ class Batches:
     def epoch(self, number: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, without the first `skip`; epochs count from 0."""
         raise NotImplementedError
+
+    def checksum(self) -> int | None:
+        """A number that other data would hardly have; None where batches are made elsewhere."""
+        return None
 
     def peek(self) -> Any:
         """The first batch, which stays where it is."""
@@ -158,9 +163,20 @@ class _ArrayBatches(Batches):
             order = np.asarray(jax.random.permutation(jax.random.fold_in(self._key, number), self._length))
         return (self._batch(order, step * self._size) for step in steps)
 
+    def checksum(self) -> int | None:
+        value = 0
+        for leaf in jax.tree.leaves(self._data):
+            array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+            value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
+        return value
+
     def _batch(self, order: np.ndarray | None, start: int) -> Any:
         which = slice(start, start + self._size) if order is None else order[start : start + self._size]
         return jax.tree.map(lambda leaf: leaf[which], self._data)
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _common_length(data: Any) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -478,10 +479,18 @@ class _Loop:
             "early_stopping": early,
         }
 
+    @functools.cached_property
+    def _checksum(self) -> int | None:
+        return self.source.checksum()
+
     def _identity(self) -> dict[str, Any]:
         return {
             "key": key_identity(self.run.key),
-            "data": {"elements": self.source.length, "steps per epoch": self.source.steps_per_epoch},
+            "data": {
+                "elements": self.source.length,
+                "steps per epoch": self.source.steps_per_epoch,
+                "checksum": self._checksum,
+            },
         }
 
 

@@ -288,8 +288,8 @@ def test_elements_of_an_element_by_traced_indices():
 
     @jax.jit
     def run(outer, inner):
-        row = gjflax.core.choice_map.vector(inner[None], choice_map({"x": jnp.array([[9.0, 7.0]])}))
-        given = gjflax.core.choice_map.vector(outer[None], row)
+        row = VectorChoiceMap(inner[None], {"x": jnp.array([[9.0, 7.0]])})
+        given = VectorChoiceMap(outer[None], row)
         return rows.update(KEY, old, given, moved)[1], rows.importance(KEY, given, moved)[1]
 
     (_, weight, new, discard), (density, drawn) = run(jnp.array(1), jnp.array([2, 0]))
@@ -300,6 +300,12 @@ def test_elements_of_an_element_by_traced_indices():
     np.testing.assert_array_equal(discard.inner.inner["x"], np.asarray(old["x"])[None, 1, [2, 0]])
     close(density, terms(drawn, moved)["x"][1, [2, 0]].sum())
     assert drawn["x"][1, 2] == 9.0 and drawn["x"][1, 0] == 7.0
+    with pytest.raises(gjflax.ChoiceMapError, match=r"indices of shape \(1,\). For one element"):
+        VectorChoiceMap(jnp.array([1]), VectorChoiceMap(jnp.array([2]), jnp.array([[9.0]])))
+    with pytest.raises(
+        gjflax.ChoiceMapError, match=r"the leading axes \(1, 2\); the value at \"x\" has shape \(1, 3\)"
+    ):
+        VectorChoiceMap(jnp.array([[2, 0]]), {"x": jnp.zeros((1, 3))})
 
 
 @pytest.mark.parametrize("indices", [[0, 2], jnp.array([0, 2])])

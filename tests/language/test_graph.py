@@ -12,12 +12,15 @@ import pytest
 import gjflax
 from gjflax import (
     Bernoulli,
+    Beta,
     Categorical,
     Cauchy,
     Cond,
+    Enumerate,
     FlaxModule,
     GenModule,
     Map,
+    Marginal,
     Mask,
     Mix,
     Normal,
@@ -44,6 +47,18 @@ def shown(graph: ModelGraph) -> set[str]:
 
 def places(graph: ModelGraph) -> dict[str, str | None]:
     return {node.name: node.group for node in graph.nodes} | {group.name: group.parent for group in graph.groups}
+
+
+@gen
+def counted(p):
+    hidden = trace("hidden", Bernoulli)(probs=p)
+    return trace("seen", Normal)(jnp.where(hidden == 1, 3.0, -1.0), 1.0)
+
+
+@gen
+def integrated():
+    p = trace("p", Beta)(2.0, 3.0)
+    return trace("part", Map(Marginal(counted, "seen", Enumerate()), in_axes=None, repeats=3))(p)
 
 
 @gen
@@ -338,6 +353,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], set[str]]] = {
         {"arg:x -> y", "param:slope -> y", "param:scale -> y"},
     ),
     "network as callee": (through_network, (X,), {"z -> net:Dense_0", "arg:x -> net:Dense_0", "net:Dense_0 -> y"}),
+    "a choice that is integrated out": (integrated, (), {"p -> part/seen"}),
     "distribution": (Normal, (0.0, jnp.float32(1.0)), {"arg:argument 0 -> choice", "arg:argument 1 -> choice"}),
 }
 

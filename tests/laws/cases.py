@@ -712,21 +712,19 @@ QUICK = (regression, learned)
 
 SLOW = (
     chain,
-    nested,
     grid,
-    mapped_network,
+    network,
     own_parameters,
     mapped_learned,
-    mapped_bayesian,
     mixture,
     flipped,
     side_by_side,
-    mapped_dimapped_network,
+    dimapped,
+    renamed,
     map_up,
-    remat_inlined,
-    all_in_each_other,
+    inlined,
 )
-"""Those of the slow tests, one at least for every kind. The others are parts of these."""
+"""Those of the slow tests, one for every kind. The others, which combine these, are for `make thorough`."""
 
 
 def _each(quick: tuple[Case, ...]) -> Any:

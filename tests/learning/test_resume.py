@@ -101,6 +101,8 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted: Any):
         gjflax.fit(*run, resume_program.DATA, key=jax.random.key(8), **options)
     with pytest.raises(CheckpointError, match="data/elements was 14 and is 9"):
         gjflax.fit(*run, resume_program.DATA[:9], key=key, **options)
+    with pytest.raises(CheckpointError, match="data/checksum was"):
+        gjflax.fit(*run, resume_program.DATA + 1, key=key, **options)
     with pytest.raises(CheckpointError, match=r"arrays/.state.opt_state.*was"):
         gjflax.fit(run[0], optax.sgd(0.1), resume_program.DATA, key=key, **options)
 

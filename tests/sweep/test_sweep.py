@@ -47,9 +47,9 @@ def test_every_combinator_and_distribution_is_written():
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_the_laws_hold_of_many_programs(shard: int):
-    """Two thirds of them are small, for these cost a third."""
+    """One in five is as large as in the default sweep; of the others, which cost a fraction, there are more."""
     programs = PROGRAMS // SHARDS + (shard < PROGRAMS % SHARDS)
-    size = {} if shard % 3 == 0 else {"sites": 3, "depth": 2}
+    size = {} if shard % 5 == 0 else {"sites": 2, "depth": 1}
     dialect = default_dialect(families=(*COMMON, *COMMON, *EVERY), **size)
     tally = sweep(dialect, programs, seed=1000 + shard, calls=2, shrink=False)
     draws_follow_their_distributions(tally)

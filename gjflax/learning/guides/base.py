@@ -95,6 +95,10 @@ class GuideTrace(CallTrace):
         factor = latent.multiplicity(lengths)
         return summed if factor == 1.0 else factor * summed
 
+    @property
+    def counts_for_others(self) -> bool:
+        return self._latents.has_population
+
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         """One trace for each choice, where they are independent given those before; else one for all."""
         if "" in self.scores and () not in [latent.address for latent in self._latents.each]:
@@ -303,8 +307,23 @@ class AutoGuide(GenerativeFunction):
     @nn.nowrap
     def arguments_of_model(self, args: Arguments) -> Any | None:
         """The arguments of the model among those of the guide; None if they were left out."""
-        own = args[1:] if self.latents.has_population else args
+        latents = self.latents
+        own = args[1:] if latents.has_population else args
+        if not own and latents.has_population and latents.supports is None:
+            self._check_batch(len(args[0]))
         return own or None
+
+    @nn.nowrap
+    def _check_batch(self, size: int) -> None:
+        """Raise where the supports, which are found by running the model, are those of another number of elements."""
+        for latent in self.latents.each:
+            for plate in latent.plates:
+                if plate.population is not None and plate.length != size:
+                    raise ArgumentError(
+                        f"The guide at {show_address(current_address())} has supports that depend on other choices, which it "
+                        f"finds by running the model. It was built for a batch of {plate.length} elements, and is called with "
+                        f"{size}: give it the model's arguments too, `guide_args=(indices, *model_args)`."
+                    )
 
     @nn.nowrap
     def parameters_by_choice(

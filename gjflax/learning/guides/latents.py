@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import DenyList
 
 from gjflax.core.choice_map import ChoiceMap, choice_map
 from gjflax.core.context import current_address
@@ -256,20 +257,32 @@ class Latents:
 
     def _model_trace(self, values: Points, args: Any) -> Any:
         """The model's trace at values; its other choices are arbitrary."""
-        key, choices = jax.random.key(0), choice_map(dict(values))
-        return self.model.apply(self.variables, key, choices, args, method="importance")[1][1]
+        choices = choice_map(dict(values))
+        return _run(self.model, self.variables, "importance", jax.random.key(0), choices, args)[1][1]
 
     def _constrain_by_model(self, points: Points, args: Any | None) -> tuple[Points, Points]:
         args = self._given(args)
         key = jax.random.key(0)
-        drawn = jax.eval_shape(lambda: self.model.apply(self.variables, key, args, method="simulate")[1].strip())
+        drawn = jax.eval_shape(lambda: _run(self.model, self.variables, "simulate", key, args)[1].strip())
         fixed = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), drawn).filter(~self._selection)
-        choices, _ = self.model.apply(self.variables, choice_map(dict(points)), args, fixed=fixed, method="constrain")
+        choices, _ = _run(self.model, self.variables, "constrain", choice_map(dict(points)), args, fixed=fixed)
         values = {latent.address: choices[latent.address] for latent in self.each}
         leaves = dict(self._model_trace(values, args).leaves())
         # By element, which the sum that `constrain` gives does not tell.
         log_dets = {address: -leaves[address].unconstrain(AllSelection())[1] for address in values}
         return values, log_dets
+
+
+def _run(program: Any, variables: Any, method: str, *args: Any, **options: Any) -> Any:
+    """A method of the model on placeholders; what it would write (running statistics) is dropped."""
+    rngs = _streams(jax.random.key(0))
+    result, _ = program.apply(variables, *args, method=method, rngs=rngs, mutable=DenyList("params"), **options)
+    return result
+
+
+def _streams(key: Any) -> dict[str, Any]:
+    """Keys for the rng streams that networks have by custom: on placeholders it does not matter what is drawn."""
+    return {"choice": key, "dropout": key}
 
 
 def find_latents(model: Program, observed: frozenset[Address], selection: Selection, args: Placeholder) -> Latents:
@@ -294,11 +307,11 @@ def _found(program: Any, observed: frozenset[Address], selection: Selection, arg
     key = jax.random.key(0)
     variables: Any = {}
     if program.needs_variables:
-        shapes = jax.eval_shape(lambda: program.init({"params": key, "choice": key}, *args))
+        shapes = jax.eval_shape(lambda: program.init({"params": key, **_streams(key)}, *args))
         variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
     def run(variables: Any, args: Any) -> Any:
-        return program.apply(variables, key, args, method="simulate")[1]
+        return _run(program, variables, "simulate", key, args)[1]
 
     arrays, structure = jax.tree.flatten(args)
     dynamic = [position for position, leaf in enumerate(arrays) if isinstance(leaf, np.ndarray)]
@@ -315,7 +328,7 @@ def _found(program: Any, observed: frozenset[Address], selection: Selection, arg
 
     def images(variables: Any, values: Any, drawn: Any) -> Any:
         """One point of each choice's support, from the parameters, the arguments, and all choices."""
-        _, (_, trace) = program.apply(variables, key, drawn, with_arrays(values), method="importance")
+        _, (_, trace) = _run(program, variables, "importance", key, drawn, with_arrays(values))
         leaves = dict(trace.leaves())
         results = []
         for latent in latents:

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
-from gjflax.core.errors import ArgumentError
+from gjflax.core.errors import ArgumentError, show_address
 from gjflax.core.lifting import vmap_module
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
 from gjflax.learning import runs
 from gjflax.learning.objectives.base import Objective, effective_sample_size, require_pathwise
 from gjflax.learning.objectives.renyi import bounds_without_each, renyi_bound
-from gjflax.learning.sites import kinds_of, sites_of
+from gjflax.learning.sites import Site, kinds_of, sites_of
 
 
 class ImportanceWeightedELBO(Objective):
@@ -51,6 +51,7 @@ class ImportanceWeightedELBO(Objective):
 
     Raises:
       NotReparameterizedError: with `doubly_reparameterized`, if a choice of the guide has no reparameterisation.
+      ArgumentError: with `doubly_reparameterized`, if a choice of the guide stands in a batch of a population.
       MissingChoiceError, UnvisitedConstraintError: if model and guide do not have the same choices.
 
     >>> import gjflax, jax
@@ -93,6 +94,7 @@ class ImportanceWeightedELBO(Objective):
             _, trace = objective.guide.simulate(guide_key, guide_args)
             sites = sites_of(trace)
             require_pathwise(sites, kinds_of(sites))
+            _require_single_counts(sites)
             choices = jax.tree.map(lambda leaf: _scaled(leaf, factor), trace.strip())
             log_q = runs.score_of_stopped(objective.guide, guide_key, choices, guide_args)
             return runs.assess(objective.model, model_key, runs.merged(choices, observed), model_args) - log_q
@@ -104,6 +106,21 @@ class ImportanceWeightedELBO(Objective):
         log_weights = weigh(self, keys, normalised)
         self.sow_diagnostics(log_weights=before, effective_sample_size=effective_sample_size(before))
         return -(renyi_bound(before) + jnp.sum(normalised * (log_weights - lax.stop_gradient(log_weights))))
+
+
+def _require_single_counts(sites: tuple[Site, ...]) -> None:
+    """Raise where log q in the weight is not the log density of the draw, of which the doubly reparameterised gradient is.
+
+    Raises:
+      ArgumentError: if choices of the guide stand in a batch of a population.
+    """
+    for site in sites:
+        if site.multiplicity != 1 or site.leaf.counts_for_others:
+            raise ArgumentError(
+                f"The guide's choices at {show_address(site.address)} stand in a `Map` with `total`, where a batch counts for "
+                "its population. The doubly reparameterised gradient needs the density of what was drawn: leave `total` out, or "
+                "use `doubly_reparameterized=False`."
+            )
 
 
 def _scaled(leaf: Any, factor: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.scipy.stats import norm
 from learning.guides import models
 from tensorflow_probability.substrates import jax as tfp
 
@@ -278,6 +280,51 @@ def test_a_joint_guide_says_what_it_cannot():
 
 
 @pytest.mark.slow
+class Trained(nn.Module):
+    """A network in training: its statistics are written, and it may drop units."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
+        return nn.Dense(1)(nn.Dropout(self.rate, deterministic=False)(h))
+
+
+class RandomLastLayer(GenModule):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        net = gjflax.RandomParams(Trained(self.rate), (Normal, (0.0, 2.0)), select("Dense_1"))
+        return trace("y", Normal)(trace("net", net)(x), 0.7)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_of_a_network_that_writes_statistics(rate):
+    """The loss, and the statistics that it leaves, by hand."""
+    x, y = jax.random.normal(KEY, (6, 2)), jnp.ones((6, 1))
+    model = RandomLastLayer(rate)
+    objective = gjflax.MAP(model, AutoDelta(model, {"y": y}, (x,)))
+    rngs = {name: jax.random.fold_in(KEY, number) for number, name in enumerate(("choice", "dropout"))}
+    variables = moved(objective.init({"params": KEY, **rngs}, {"y": y}, (x,)))
+    loss, written = objective.apply(variables, {"y": y}, (x,), rngs=rngs, mutable=["batch_stats"])
+    params = jax.tree.map(np.asarray, variables["params"]["model"]["Trained_0"])
+    h = np.asarray(x) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    before, after = (of["batch_stats"]["model"]["Trained_0"]["BatchNorm_0"] for of in (variables, written))
+    close(after["mean"], 0.99 * before["mean"] + 0.01 * h.mean(0))
+    close(after["var"], 0.99 * before["var"] + 0.01 * h.var(0))
+    chosen = jax.tree.map(np.asarray, variables["params"]["guide"]["loc"]["net"]["Dense_1"])
+    h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5)
+    h = h * params["BatchNorm_0"]["scale"] + params["BatchNorm_0"]["bias"]
+    log_p = jnp.sum(norm.logpdf(y, h @ chosen["kernel"] + chosen["bias"], 0.7))
+    log_p += sum(jnp.sum(norm.logpdf(leaf, 0.0, 2.0)) for leaf in jax.tree.leaves(chosen))
+    if rate == 0.0:
+        close(loss, -log_p)
+    else:
+        assert jnp.isfinite(loss) and abs(loss + log_p) > 1e-3, "no unit was dropped"
+
+
 def test_mistakes():
     @gen
     def discrete():

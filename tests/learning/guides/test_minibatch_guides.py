@@ -87,6 +87,52 @@ def test_what_a_population_needs():
         AutoMultivariateNormal(model, {("data", "y"): Y[:2]}, (X[:2],)).init(KEY)
 
 
+@gen
+def bounded(high, x):
+    z = trace("z", gjflax.Uniform)(0.0, high)
+    return trace("y", Normal)(z * x, 0.5)
+
+
+@gen
+def of_dependent_supports(x):
+    return trace("data", Map(bounded, in_axes=(None, 0), total=N))(trace("high", gjflax.Gamma)(2.0, 1.0), x)
+
+
+def test_supports_that_depend_on_a_choice_in_batches_of_another_size():
+    guide = AutoNormal(of_dependent_supports, {("data", "y"): Y[:2]}, (X[:2],))
+    indices = jnp.arange(3)
+    variables = moved(guide.init(KEY, indices[:2]))
+    _, tr = guide.bind(variables).simulate(KEY, (indices[:2],))
+    with pytest.raises(
+        gjflax.ArgumentError, match=r"a batch of 2 elements, and is called with 3.*\(indices, \*model_args\)"
+    ):
+        guide.bind(variables).simulate(KEY, (indices,))
+    _, tr = guide.bind(variables).simulate(KEY, (indices, X[:3]))
+    high, z = tr["high"], tr["data", "z"]
+    assert z.shape == (3,) and bool(jnp.all((z > 0) & (z < high)))
+    # By the change of variables z = high · sigmoid(u), and high by the softplus of TFP.
+    loc, scale = (variables["params"][name]["data"]["z"][:3] for name in ("loc", "log_scale"))
+    u = jnp.log(z / high) - jnp.log1p(-z / high)
+    want = jax.scipy.stats.norm.logpdf(u, loc, jnp.exp(scale)) - jnp.log(z) - jnp.log1p(-z / high)
+    np.testing.assert_allclose(dict(tr.leaves())["data", "z"].get_score(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_a_population_has_no_doubly_reparameterised_gradient():
+    """log q in the weight would not be the log density of the draw."""
+    observed, indices = {("data", "y"): Y[:2]}, jnp.arange(2)
+
+    @gen
+    def by_hand(x, indices):
+        trace("mu", Normal)(0.0, 1.0)
+        trace("data", Map(gen(lambda x: trace("z", Normal)(x, 1.0)), total=N))(x)
+
+    for guide, args in ((AutoNormal(model, observed, (X[:2],)), (indices,)), (by_hand, (X[:2], indices))):
+        objective = gjflax.ImportanceWeightedELBO(model, guide, num_samples=2, doubly_reparameterized=True)
+        variables = objective.init(KEY, observed, (X[:2],), args)
+        with pytest.raises(gjflax.ArgumentError, match="`total`.*doubly_reparameterized=False"):
+            objective.apply(variables, observed, (X[:2],), args, rngs={"choice": KEY})
+
+
 @pytest.mark.slow
 def test_amortised_guide_of_the_elements_beside_one_of_the_rest():
     """Batches of any size; and the density by hand."""
