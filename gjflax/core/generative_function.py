@@ -47,7 +47,7 @@ from gjflax.core.errors import (
     show_address,
 )
 from gjflax.core.interface import PARAMETERS, interface_method
-from gjflax.core.interned import interned
+from gjflax.core.interned import TracedProgramError, interned, program_key
 from gjflax.core.keys import typed_key
 from gjflax.core.lifting import is_lifted
 from gjflax.core.masked import Masked
@@ -65,8 +65,9 @@ CHOICE_STREAM = "choice"
 def is_same(one: Any, other: Any) -> bool:
     """Whether two generative functions, which are not bound, are certainly one program."""
     try:
-        return one is other or bool(one == other)
-    except (TypeError, ValueError):
+        # A function that was defined once more is not equal, and the same program.
+        return one is other or bool(one == other) or program_key(one) == program_key(other)
+    except (TypeError, ValueError, TracedProgramError):
         # Of arrays in fields, or in what a function closes over, it is not known.
         return False
 

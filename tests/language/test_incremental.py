@@ -310,6 +310,14 @@ def test_a_combinator_that_the_body_makes_may_hold_what_changed(name: str):
     np.testing.assert_allclose(weight, by_assess(body, new, tr) - (of_scale[0] - of_scale[1]), rtol=1e-4, atol=1e-6)
 
 
+def test_a_body_that_was_defined_once_more_is_the_same():
+    def make() -> Any:
+        return gen(lambda x: trace("d", Counted("d"))(x, 0.4))
+
+    _, tr = make().simulate(KEY, (OFFSET,))
+    assert run(make(), tr, {}, (Diff.no_change(OFFSET),))[0] == []
+
+
 def test_untraced_randomness_counts_as_changed():
     class Dropped(GenModule):
         @nn.compact

@@ -25,6 +25,7 @@ from sweep.programs import Address, Node, Site, Values, World, built, source
 
 import gjflax
 from gjflax import Diff
+from gjflax.core.interned import program_key
 
 
 class Discrepancy(AssertionError):
@@ -156,7 +157,9 @@ class Session:
         self.equal_numbers(f"{what}: score", seen["score"], sum(terms), terms)
         self.equal_values(f"{what}: retval", seen["retval"], retval)
         self.equal_values(f"{what}: args", seen["args"][: len(args)], ex.to_float64(args))
-        self.require(trace.get_gen_fn() == self.module, f"{what}: the trace has another generative function")
+        # An equal program may have been written before, and its module be the one in the trace.
+        same = program_key(trace.get_gen_fn()) == program_key(self.module)
+        self.require(same, f"{what}: the trace has another generative function")
         return State(trace, seen["choices"], types["trace"], args, params, choices, sites, retval, seen["retval"])
 
     def fresh(self, what: str, sites: dict[Address, Site], addresses: Iterable[Address]) -> None:
