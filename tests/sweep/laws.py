@@ -214,7 +214,8 @@ class Session:
         args = self.other_args()
         choices = state.choice_map
         with self.reporting(f"assess(key, choices, {_shown(args)})"):
-            if self.decide(2) and not _has_masks(choices):
+            # A dict has no place for addresses that differ by element.
+            if self.decide(2) and not _has_masks(choices) and not _has_traced_indices(choices):
                 choices = choices.to_dict()
             retval, score = self.call(
                 lambda f, key, choices, args: f.assess(key, choices, args)[1], self.params, choices, ex.to_jax(args)
