@@ -598,7 +598,7 @@ class Session:
         for step in steps:
             ends = [density(jax.tree.map(lambda x, d, s=s: x + s * d, start, directions)) for s in (step, -step)]
             slopes.append((ends[0] - ends[1]) / (2 * step))
-        if not np.allclose(*slopes, rtol=1e-4, atol=1e-4):
+        if not np.all(np.isfinite(slopes)) or not np.allclose(*slopes, rtol=1e-4, atol=1e-4):
             return  # a kink or the edge of a support is near
         products = jax.tree.map(lambda g, d: float(np.sum(np.asarray(g, np.float64) * d)), got, directions)
         sizes = jax.tree.map(lambda g, d: float(np.sum(np.abs(np.asarray(g, np.float64) * d))), got, directions)
