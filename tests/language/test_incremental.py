@@ -310,12 +310,19 @@ def test_a_combinator_that_the_body_makes_may_hold_what_changed(name: str):
     np.testing.assert_allclose(weight, by_assess(body, new, tr) - (of_scale[0] - of_scale[1]), rtol=1e-4, atol=1e-6)
 
 
-def test_a_body_that_was_defined_once_more_is_the_same():
-    def make() -> Any:
-        return gen(lambda x: trace("d", Counted("d"))(x, 0.4))
+def test_what_was_defined_once_more_is_the_same():
+    """As where a cell of a notebook runs again: a function is its code and what it closes over."""
 
-    _, tr = make().simulate(KEY, (OFFSET,))
-    assert run(make(), tr, {}, (Diff.no_change(OFFSET),))[0] == []
+    def make(scale: float) -> Any:
+        density = lambda value: jax.scipy.stats.norm.logpdf(value, 0.5, scale)
+        return gjflax.distribution(lambda key: jax.random.normal(key), density)
+
+    _, tr = make(0.4).simulate(KEY, ())
+    _, (_, weight, new, _) = make(0.4).update(KEY, tr, {}, ())
+    assert weight == 0.0 and new is tr
+    _, (_, weight, new, _) = make(0.9).update(KEY, tr, {}, ())
+    want = [jax.scipy.stats.norm.logpdf(tr.get_retval(), 0.5, scale) for scale in (0.9, 0.4)]
+    np.testing.assert_allclose(weight, want[0] - want[1], rtol=1e-5)
 
 
 def test_untraced_randomness_counts_as_changed():
