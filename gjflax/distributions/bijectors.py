@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gjflax.distributions.arguments import aligned
+from gjflax.distributions.softplus import softplus
 
 
 class Bijector:
@@ -80,14 +81,14 @@ class Softplus(Bijector):
     """f(x) = log(1 + exp x), onto the positive numbers."""
 
     def forward(self, x: Any) -> Any:
-        return jax.nn.softplus(x)
+        return softplus(x)
 
     def inverse(self, y: Any) -> Any:
         # log(exp y − 1), without the overflow of a large y and the cancellation of a small one.
         return y + jnp.log(-jnp.expm1(-y))
 
     def log_slope(self, x: Any) -> Any:
-        return -jax.nn.softplus(-x)
+        return -softplus(-x)
 
 
 class Sigmoid(Bijector):
@@ -110,7 +111,7 @@ class Sigmoid(Bijector):
 
     def log_slope(self, x: Any) -> Any:
         low, high = self._bounds(x)
-        return jnp.log(jnp.asarray(high - low, x.dtype)) - jax.nn.softplus(-x) - jax.nn.softplus(x)
+        return jnp.log(jnp.asarray(high - low, x.dtype)) - softplus(-x) - softplus(x)
 
 
 class Measured:

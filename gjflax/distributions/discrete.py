@@ -18,6 +18,7 @@ from gjflax.core.errors import ArgumentError, ChoiceShapeError
 from gjflax.core.typing import PRNGKey
 from gjflax.distributions.arguments import site
 from gjflax.distributions.native import HALF_LOG_TWO_PI, Native
+from gjflax.distributions.softplus import softplus
 
 
 def one_of(label: str, first: Any, second: Any, names: str) -> None:
@@ -34,7 +35,7 @@ def _given(label: str, logits: Any, probs: Any) -> Any:
 
 def _bernoulli_of_logits(value: Any, logits: Any) -> Any:
     inside = (value == 0) | (value == 1)
-    return jnp.where(inside, -jax.nn.softplus(jnp.where(value == 1, -logits, logits)), -jnp.inf)
+    return jnp.where(inside, -softplus(jnp.where(value == 1, -logits, logits)), -jnp.inf)
 
 
 def _bernoulli_of_probs(value: Any, probs: Any) -> Any:
@@ -130,11 +131,11 @@ def _stirling_error(count: Any) -> Any:
 
 
 def _log_success(logits: Any) -> Any:
-    return -jax.nn.softplus(-logits)
+    return -softplus(-logits)
 
 
 def _log_failure(logits: Any) -> Any:
-    return -jax.nn.softplus(logits)
+    return -softplus(logits)
 
 
 def _log_complement(probs: Any) -> Any:
