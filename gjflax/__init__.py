@@ -32,9 +32,9 @@ from gjflax.core.trace import Trace as Trace
 from gjflax.core.trace import choose as choose
 from gjflax.core.typing import FloatArray as FloatArray
 from gjflax.distributions.distribution import Distribution as Distribution
-from gjflax.distributions.distribution import DistributionTrace as DistributionTrace
-from gjflax.distributions.distribution import distribution as distribution
+from gjflax.distributions.distribution_trace import DistributionTrace as DistributionTrace
 from gjflax.distributions.families import *  # noqa: F403
+from gjflax.distributions.of_functions import distribution as distribution
 from gjflax.distributions.tfp import TFPDistribution as TFPDistribution
 from gjflax.language.gen import BuiltinGenerativeFunction as BuiltinGenerativeFunction
 from gjflax.language.gen import BuiltinTrace as BuiltinTrace

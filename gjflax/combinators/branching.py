@@ -40,7 +40,6 @@ from jax import lax
 
 from gjflax.combinators.branch_addresses import check_visited, remembered_addresses
 from gjflax.combinators.presence import (
-    both,
     choose,
     either,
     fitted,
@@ -68,7 +67,7 @@ from gjflax.core.errors import (
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifted_switch import switch, trace_each
-from gjflax.core.masked import where
+from gjflax.core.masked import both, where
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score

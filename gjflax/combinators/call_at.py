@@ -38,7 +38,7 @@ from jax.core import Tracer
 
 from gjflax.combinators.branching import like
 from gjflax.combinators.elements import flag_each
-from gjflax.combinators.presence import both, choose, either, flagged, given, present, types
+from gjflax.combinators.presence import choose, either, flagged, given, present, types
 from gjflax.core.choice_map import (
     BuiltinChoiceMap,
     ChoiceMap,
@@ -55,6 +55,7 @@ from gjflax.core.errors import ArgumentError, SelectionError, UnvisitedConstrain
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifted_switch import switch
 from gjflax.core.lifting import share_inner_scope
+from gjflax.core.masked import both
 from gjflax.core.outline import Part, Site
 from gjflax.core.pytree import STATIC, Const
 from gjflax.core.selection import Selection

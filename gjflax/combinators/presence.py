@@ -26,25 +26,12 @@ from gjflax.core.choice_map import (
 )
 from gjflax.core.context import current_address
 from gjflax.core.errors import BranchMismatchError, ChoiceShapeError, show_address
-from gjflax.core.masked import Masked, where
+from gjflax.core.masked import Masked, both, where, with_axes
 from gjflax.core.selection import Selection, select
 from gjflax.core.trace import plain
 
 Flag = Any
 Flags = Mapping[tuple[str, ...], Flag]
-
-
-def both(one: Flag, other: Flag) -> Flag:
-    if isinstance(one, bool):
-        return other if one else False
-    if isinstance(other, bool):
-        return one if other else False
-    axes = max(np.ndim(one), np.ndim(other))
-    return _with_axes(one, axes) & _with_axes(other, axes)
-
-
-def _with_axes(flag: Any, axes: int) -> Any:
-    return flag.reshape(flag.shape + (1,) * (axes - flag.ndim))
 
 
 def either(one: Flag, other: Flag) -> Flag:
@@ -99,7 +86,7 @@ def _flagged(choices: ChoiceMap, flags: Flags, prefix: tuple[str, ...], axes: tu
     flag = flags[prefix]
     if isinstance(flag, bool):
         return ValueChoiceMap(value) if flag else EmptyChoiceMap()
-    return ValueChoiceMap(Masked(value, jnp.broadcast_to(_with_axes(jnp.asarray(flag), len(axes)), axes)))
+    return ValueChoiceMap(Masked(value, jnp.broadcast_to(with_axes(jnp.asarray(flag), len(axes)), axes)))
 
 
 def only(choices: ChoiceMap, addresses: Iterable[tuple[str, ...]]) -> ChoiceMap:
@@ -241,13 +228,18 @@ def choose(taken: Sequence[Any], values: Sequence[Any]) -> Any:
 
 def types(tree: Any) -> str:
     """The types of the arrays in a tree, as messages show them."""
+    return stored_types(plain(tree))
+
+
+def stored_types(tree: Any) -> str:
+    """The types of the arrays in a tree as traces store it, where other values stand in a `Const`."""
 
     def show(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
             return leaf
         return _Shown(f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}")
 
-    return str(jax.tree.map(show, plain(tree)))
+    return str(jax.tree.map(show, tree))
 
 
 class _Shown(str):

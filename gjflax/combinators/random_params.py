@@ -48,7 +48,7 @@ from gjflax.core.outline import Part
 from gjflax.core.selection import AllSelection, Selection, select
 from gjflax.core.trace import CallTrace, Trace, canonical, leafwise, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
-from gjflax.distributions.distribution import DistributionTrace
+from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.distributions.shaped import Shaped, shaped
 
 # Traces ----------------------------------------------------------------------------------------------------------------

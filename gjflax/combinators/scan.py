@@ -18,7 +18,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gjflax.combinators.steps import Plan, Steps, StepsTrace
+from gjflax.combinators.steps import Steps
+from gjflax.combinators.steps_plan import Plan
+from gjflax.combinators.steps_trace import StepsTrace
 from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import ArgumentError, show_address

@@ -17,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gjflax.combinators.elements import Elements, Note, is_keyed
-from gjflax.core.choice_map import ChoiceMap
-from gjflax.core.diff import Diff, no_change, unknown_change
-from gjflax.core.in_place import fence, take_elements, within
+from gjflax.combinators.steps_given import StepsGiven
+from gjflax.combinators.steps_plan import Plan
+from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, masked, vector
+from gjflax.core.diff import Change, Diff, no_change, unknown_change
+from gjflax.core.in_place import fence, remember, take_elements, within
 from gjflax.core.masked import where
+from gjflax.core.selection import Selection
 from gjflax.core.trace import canonical, plain, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.language.handlers import call_options
 from gjflax.language.incremental import canonical_diff
 
 MAX_INDICES = 4
@@ -33,6 +37,75 @@ MAX_STEPS = 16
 
 Run = Callable[[PRNGKey, Any, Arguments], Any]
 """``run(key, old, argdiffs)``: what a kernel's `update` returns, for a step's old trace."""
+
+
+def update_some(
+    owner: Any,
+    key: PRNGKey,
+    trace: Any,
+    plan: Plan,
+    argdiffs: Arguments,
+    given: StepsGiven,
+    param_diff: Change,
+    strict: bool,
+) -> Any:
+    """What `update` returns, where a few steps are given something and nothing else changed; else None."""
+    if given.indices is None or given.indices.shape[0] > MAX_INDICES:
+        return None
+    if not owner._is_unchanged(trace, argdiffs, param_diff) or not _may_change(owner, trace):
+        return None
+    change = StepsChange(owner, trace, plan, Diff.primal(argdiffs), key)
+
+    def update(choices: ChoiceMap) -> Any:
+        options = call_options(strict, param_diff)
+        return lambda key, old, diffs: owner.inner.update(key, old, choices, diffs, **options)
+
+    for position, index in enumerate(given.one_by_one()):
+        choices = jax.tree.map(lambda leaf, at=position: jnp.asarray(leaf)[at], given.choices)
+        runs = ((update(choices), True), (update(EmptyChoiceMap()), False))
+        if not change.change(index, lambda offset, at, runs=runs: runs[min(offset, 1)]):
+            return None
+    discard = jax.tree.map(lambda *leaves: jnp.stack(leaves), *change.discards)
+    active = trace.counts(given.indices)
+    discard = vector(given.index_field, discard if active is None else masked(discard, active))
+    new = _changed(change, trace)
+    return change.key, (owner._retdiff(change, new), change.weight(), new, discard)
+
+
+def regenerate_some(
+    owner: Any, key: PRNGKey, trace: Any, plan: Plan, argdiffs: Arguments, selection: Selection, param_diff: Change
+) -> Any:
+    """What `regenerate` returns, where a few steps are selected and nothing else changed; else None."""
+    indices = sorted(selection.indices)
+    if not 0 < len(indices) <= MAX_INDICES or not selection[indices[-1] + 1].is_empty:
+        return None
+    if not owner._is_unchanged(trace, argdiffs, param_diff) or not _may_change(owner, trace):
+        return None
+    change = StepsChange(owner, trace, plan, Diff.primal(argdiffs), key)
+
+    def regenerate(chosen: Selection) -> Any:
+        def run(key: PRNGKey, old: Any, diffs: Arguments) -> Any:
+            options = call_options(param_diff=param_diff)
+            key, (retdiff, weight, new) = owner.inner.regenerate(key, old, chosen, diffs, **options)
+            return key, (retdiff, weight, new, EmptyChoiceMap())
+
+        return run
+
+    # In the order in which they run: a step that is redrawn weighs nothing, also where it follows one that is.
+    for index in reversed(indices) if getattr(owner, "reverse", False) else indices:
+        if index not in change.visited and not change.change(
+            index, lambda offset, at: (regenerate(selection[at]), not selection[at].is_empty)
+        ):
+            return None
+    new = _changed(change, trace)
+    return change.key, (owner._retdiff(change, new), change.weight(), new)
+
+
+def _changed(change: StepsChange, trace: Any) -> Any:
+    """The trace with the steps that were run."""
+    new = trace.with_steps(change.elements.inner, change.last)
+    remember(new, trace, steps=change.elements)
+    return new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +141,7 @@ class StepsChange:
       visited: the indices of these, where they are known while tracing.
     """
 
-    def __init__(self, owner: Any, trace: Any, plan: Any, args: Arguments, key: PRNGKey):
+    def __init__(self, owner: Any, trace: Any, plan: Plan, args: Arguments, key: PRNGKey):
         self._owner, self._trace, self._plan, self._args = owner, trace, plan, args
         self.key = key
         self.elements = Elements(trace.inner, trace.length)
@@ -199,7 +272,7 @@ class StepsChange:
         self.steps.append(steps)
 
 
-def may_change_some(owner: Any, trace: Any) -> bool:
+def _may_change(owner: Any, trace: Any) -> bool:
     """Whether steps can be taken out and run alone: not where they have variables of their own, or write any."""
     scope = owner.inner.scope
     immutable = scope is None or scope.mutable is False or scope.mutable == () or scope.mutable == []

@@ -17,6 +17,7 @@ from gjflax.core.choice_map import (
     masked,
     vector,
 )
+from gjflax.core.choice_map.vectors import each_element
 from gjflax.core.errors import ChoiceMapError, show_address
 from gjflax.core.masked import Masked
 
@@ -73,7 +74,7 @@ def _of_vectors(one: VectorChoiceMap, other: VectorChoiceMap, at: tuple[Any, ...
 
 def _of_elements(one: VectorChoiceMap, other: ChoiceMap, at: tuple[Any, ...]) -> ChoiceMap:
     """What is left at all elements; of both the values have a leading axis."""
-    return one._each(lambda ours, theirs: difference(ours, theirs, at), other)
+    return each_element(lambda ours, theirs: difference(ours, theirs, at), one.inner, other)
 
 
 def _elements(choices: VectorChoiceMap, positions: list[int]) -> ChoiceMap:

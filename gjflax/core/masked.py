@@ -44,11 +44,25 @@ class Masked(Pytree):
 def where(flag: Any, then: Any, otherwise: Any) -> Any:
     """``jnp.where`` of arrays of which the flag has the leading axes only, in the dtype that holds both."""
     then = jnp.asarray(then)
-    flag = jnp.asarray(flag)
-    flag = flag.reshape(flag.shape + (1,) * (then.ndim - flag.ndim))
+    flag = with_axes(jnp.asarray(flag), then.ndim)
     # Strict promotion, where a user asks for it, would refuse an integer beside a float; either's dtype would cut the other.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.where(flag, then, otherwise)
+
+
+def both(one: Any, other: Any) -> Any:
+    """Whether both flags are true: each a bool, or an array of which the other may lack the last axes."""
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    axes = max(np.ndim(one), np.ndim(other))
+    return with_axes(one, axes) & with_axes(other, axes)
+
+
+def with_axes(flag: Any, axes: int) -> Any:
+    """An array of flags with so many axes, the last of them of length one."""
+    return flag.reshape(flag.shape + (1,) * (axes - flag.ndim))
 
 
 def static_flag(flag: Any) -> bool | None:
@@ -58,7 +72,11 @@ def static_flag(flag: Any) -> bool | None:
     return None
 
 
+def is_masked(value: Any) -> bool:
+    """Whether this is a `Masked` value: what is a leaf where flags and values are treated together."""
+    return isinstance(value, Masked)
+
+
 def has_masked(tree: Any) -> bool:
     """Whether there are `Masked` values in a tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda value: isinstance(value, Masked))
-    return any(isinstance(leaf, Masked) for leaf in leaves)
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))

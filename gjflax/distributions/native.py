@@ -21,8 +21,8 @@ from jax import lax
 
 from gjflax.core.typing import PRNGKey
 from gjflax.distributions import bijectors
+from gjflax.distributions.applied import Applied
 from gjflax.distributions.arguments import aligned, as_array, common_shape, float_dtype, is_number, wider, with_dtype
-from gjflax.distributions.distribution import Applied
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 

@@ -24,8 +24,9 @@ from jax import lax
 
 from gjflax.core.errors import ChoiceShapeError
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.distributions.applied import Applied
 from gjflax.distributions.arguments import site, wider
-from gjflax.distributions.distribution import Applied, Distribution
+from gjflax.distributions.distribution import Distribution
 
 
 class _Copies(Applied):

@@ -22,8 +22,10 @@ from gjflax.core.pytree import Const
 from gjflax.core.trace import canonical
 from gjflax.core.typing import Arguments, PRNGKey
 from gjflax.distributions import bijectors, discrete, native, support
+from gjflax.distributions.applied import Applied
 from gjflax.distributions.arguments import as_array, float_dtype, free_promotion, is_number, site
-from gjflax.distributions.distribution import Applied, Distribution, Packed
+from gjflax.distributions.distribution import Distribution
+from gjflax.distributions.packed import Packed
 
 _NOT_ARRAYS = frozenset(
     {"num_steps", "num_timesteps", "dimension", "reinterpreted_batch_ndims", "initial_step", "event_ndims", "axis"}

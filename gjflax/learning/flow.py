@@ -17,7 +17,7 @@ import jax
 
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.typing import Arguments
-from gjflax.distributions.distribution import DistributionTrace
+from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.language.dependency import dependencies_in
 from gjflax.learning.sites import Address, Site, sites_of
 

@@ -23,12 +23,12 @@ from gjflax.combinators.marginal import MarginalTrace
 from gjflax.combinators.marginal_algorithms import Enumerate
 from gjflax.combinators.random_params import RandomParamsTrace
 from gjflax.combinators.renaming import RenamedTrace
-from gjflax.combinators.steps import StepsTrace
+from gjflax.combinators.steps_trace import StepsTrace
 from gjflax.combinators.switch_trace import SwitchTrace
 from gjflax.combinators.train import TrainTrace
 from gjflax.core.errors import NotReparameterizedError, show_address
 from gjflax.core.trace import Trace
-from gjflax.distributions.distribution import DistributionTrace
+from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.language.gen import BuiltinTrace
 from gjflax.learning.estimators.estimator import PATHWISE, GradientEstimator, kind_of
 

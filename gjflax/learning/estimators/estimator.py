@@ -28,8 +28,9 @@ from jax import lax
 
 from gjflax.core.errors import ArgumentError, NotReparameterizedError
 from gjflax.core.typing import Arguments, PRNGKey
+from gjflax.distributions.applied import Applied
 from gjflax.distributions.arguments import site
-from gjflax.distributions.distribution import Applied, Distribution
+from gjflax.distributions.distribution import Distribution
 from gjflax.distributions.tfp import NATIVE, TFPDistribution
 
 PATHWISE, SCORE_FUNCTION = "pathwise", "score function"

@@ -25,8 +25,8 @@ from jax import lax
 
 from gjflax.core.errors import ArgumentError
 from gjflax.core.typing import Arguments, PRNGKey
+from gjflax.distributions.applied import Applied
 from gjflax.distributions.arguments import aligned, float_dtype, is_number
-from gjflax.distributions.distribution import Applied
 from gjflax.distributions.tfp import TFPDistribution
 from gjflax.learning.estimators.estimator import GradientEstimator, named_arguments
 
