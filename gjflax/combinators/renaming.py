@@ -69,6 +69,10 @@ class Moves:
                 return (*new, *inner[len(old) :])
         return inner
 
+    def parts(self, inner: tuple[Any, ...]) -> bool:
+        """Whether some of what stands below an inner address moves away by itself."""
+        return any(len(old) > len(inner) and old[: len(inner)] == inner for _, old in self.pairs)
+
     def outer(self, choices: ChoiceMap) -> ChoiceMap:
         """Choices of the inner function under their outer names."""
         return self._moved(choices, [(old, new) for new, old in self.pairs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -62,18 +63,48 @@ def _modules_in(module: Any, root: Any) -> Iterator[Any]:
             yield from _modules_in(part, root)
 
 
+class Streams:
+    """How far the rng streams of a module and of those in it have come: a run after `rewind` draws what the first one drew.
+
+    So a guide with dropout drops the same units where it draws a choice and where it scores it.
+
+    Args:
+      module: a bound module; one that is not bound has no streams.
+    """
+
+    def __init__(self, module: nn.Module):
+        scopes = {id(part.scope.rng_counters): part.scope.rng_counters for part in _modules_in(module, None)}
+        self._marks = [(counters, copy.deepcopy(counters)) for counters in scopes.values()]
+
+    def rewind(self) -> None:
+        """Let them begin where they were."""
+        for counters, before in self._marks:
+            _restore(counters, before)
+
+
+def _restore(counters: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Write old numbers back. In place: scopes below hold parts of it, and what they counted first starts at 0."""
+    for name, value in counters.items():
+        if isinstance(value, dict):
+            _restore(value, before.get(name, {}))
+        else:
+            counters[name] = before.get(name, 0)
+
+
 def vmap_module(
     function: Callable[..., Any],
     in_axes: tuple[Any, ...],
     length: int,
     variable_axes: Mapping[str, Any] | None = None,
     split_rngs: Mapping[str, bool] | None = None,
+    *,
+    same_streams: bool = False,
 ) -> Callable[..., Any]:
     """``nn.vmap`` of a function of a module and arguments, with defaults for every collection and rng stream.
 
     Collections are shared, but those in `SOWN`, which are stacked, and those that `variable_axes` names. What the
-    elements write to a shared collection (running statistics) is averaged over them. Streams are split, but "params"
-    only where the parameters have an axis.
+    elements write to a shared collection (running statistics) is averaged over them. Streams are split, unless they are
+    to be the `same_streams`, but "params" only where the parameters have an axis.
     """
     own_axes = dict(variable_axes or {})
     stacked = tuple(name for name in SOWN if name not in own_axes)
@@ -83,7 +114,7 @@ def vmap_module(
     return lift(
         _averaging(function, ("params", *own_axes, *stacked), axis),
         variable_axes={**own_axes, **dict.fromkeys(stacked, 0), DenyList((*own_axes, *stacked)): None},
-        split_rngs={**own_splits, DenyList(tuple(own_splits)): True},
+        split_rngs={**own_splits, DenyList(tuple(own_splits)): not same_streams},
         in_axes=in_axes,
         axis_size=length,
         axis_name=axis,

@@ -10,8 +10,10 @@ batch stands for its population (``Map(total=N)``).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +33,7 @@ from gjflax.core.trace import Trace
 from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.language.gen import BuiltinTrace
 from gjflax.learning.estimators.estimator import PATHWISE, GradientEstimator, kind_of
+from gjflax.learning.guides.base import GuideTrace
 
 Address = tuple[Any, ...]
 
@@ -217,12 +220,47 @@ def _(trace: DimapTrace, around: _Around) -> Iterator[Site]:
 
 @_sites.register
 def _(trace: RenamedTrace, around: _Around) -> Iterator[Site]:
-    outer = trace.moves.outer_address
-    for site in _sites(trace.inner, dataclasses.replace(around, address=())):
-        # Their plates stand at addresses that have other names outside.
-        own = (dataclasses.replace(plate, kind=UNKNOWN) for plate in site.plates[len(around.plates) :])
-        address = (*around.address, *outer(site.address))
-        yield dataclasses.replace(site, address=address, plates=(*around.plates, *own))
+    moves, outside = trace.moves, len(around.plates)
+    sites = tuple(_sites(trace.inner, dataclasses.replace(around, address=())))
+    inside = {plate for site in sites for plate in site.plates[outside:]}
+    named = collections.Counter((moves.outer_address(plate.address), plate.depth) for plate in inside)
+
+    def moved(plate: Plate) -> Plate:
+        # Where the choices of a plate part, or two plates meet, its elements are not those of a plate outside.
+        is_one = not moves.parts(plate.address) and named[moves.outer_address(plate.address), plate.depth] == 1
+        address = (*around.address, *moves.outer_address(plate.address))
+        return dataclasses.replace(plate, address=address, kind=plate.kind if is_one else UNKNOWN)
+
+    for site in sites:
+        if moves.parts(site.address):
+            choices = [moves.outer_address((*site.address, *below)) for below in site.leaf.strip().addresses()]
+            address = _common(choices)
+        else:
+            address = moves.outer_address(site.address)
+        plates = (*around.plates, *map(moved, site.plates[outside:]))
+        yield dataclasses.replace(site, address=(*around.address, *address), plates=plates)
+
+
+def _common(addresses: list[Address]) -> Address:
+    """The address that all of these stand at or below."""
+    first, last = min(addresses), max(addresses)
+    return tuple(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+
+
+@_sites.register
+def _(trace: GuideTrace, around: _Around) -> Iterator[Site]:
+    if trace.is_joint:
+        yield around.site(trace, pathwise=True)
+        return
+    for latent, part in trace.parts:
+        here, above = around, 0
+        for plate in latent.plates:
+            length = jnp.shape(part.get_score())[len(here.plates)]
+            here = here.at(plate.address[above:]).plate(ELEMENTS, length)
+            above = len(plate.address)
+        counts = latent.multiplicity([plate.length for plate in here.plates[len(around.plates) :]])
+        here = dataclasses.replace(here.at(latent.address[above:]), multiplicity=around.multiplicity * counts)
+        yield here.site(part)
 
 
 @_sites.register

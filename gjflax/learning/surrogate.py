@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
-from gjflax.core.lifting import vmap_module
+from gjflax.core.lifting import Streams, vmap_module
 from gjflax.core.masked import Masked
 from gjflax.core.trace import Trace, total
 from gjflax.core.typing import Arguments, PRNGKey
@@ -61,14 +61,20 @@ class Problem:
     wants_divergence: Callable[[Address], bool] = lambda address: False
 
 
-def sample(module: Any, model_key: PRNGKey, guide_key: PRNGKey, trace: Trace, problem: Problem) -> tuple[Plan, Any]:
+def sample(
+    module: Any, model_key: PRNGKey, guide_key: PRNGKey, trace: Trace, streams: Streams, problem: Problem
+) -> tuple[Plan, Any]:
     """One sample of a module with a guide and a model: its plan, and the arrays that a `Surrogate` is made of.
+
+    The guide and the model may run many times, at several values of one choice. All of these are one sample: randomness
+    that is no choice (dropout) is the same in them.
 
     Args:
       module: the module, bound.
       model_key: the key of the model's run.
       guide_key: the key of the guide's run.
       trace: what the guide drew with it.
+      streams: where the module's rng streams stood before that.
       problem: see `Problem`.
     """
     sites = sites_of(trace)
@@ -88,6 +94,7 @@ def sample(module: Any, model_key: PRNGKey, guide_key: PRNGKey, trace: Trace, pr
         if given.is_empty():
             guide_trace, weighed = trace, first
         else:
+            streams.rewind()
             _, (_, guide_trace) = module.guide.importance(guide_key, given, problem.guide_args)
             weighed = None
         if weighed is None:
@@ -111,7 +118,9 @@ def sample(module: Any, model_key: PRNGKey, guide_key: PRNGKey, trace: Trace, pr
                 constraint = choice_map({at: value if whole else Masked(value, there)})
                 return run(module, given.overwrite(constraint))[1]
 
-            readings = vmap_module(again, (0, 0), len(values))(module, lax.stop_gradient(values), elements)
+            readings = vmap_module(again, (0, 0), len(values), same_streams=True)(
+                module, lax.stop_gradient(values), elements
+            )
             parameters = [(pair.parameter, lax.stop_gradient(pair.constant)) for pair in pairs]
             measured.append((lax.stop_gradient(readings), parameters, site.present))
         return reading, measured
@@ -123,7 +132,7 @@ def sample(module: Any, model_key: PRNGKey, guide_key: PRNGKey, trace: Trace, pr
     def at_values(module: Any, *values: Any) -> Any:
         return with_pairs(module, _given(plan, sites, values))
 
-    return plan, vmap_module(at_values, (0,) * len(values), len(values[0]))(module, *values)
+    return plan, vmap_module(at_values, (0,) * len(values), len(values[0]), same_streams=True)(module, *values)
 
 
 def _given(plan: Plan, sites: tuple[Site, ...], values: tuple[Any, ...]) -> ChoiceMap:

@@ -28,9 +28,10 @@ from gjflax.learning.guides.normal import normal_log_density
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs(Rows):
-    """What the encoder is given; as many rows as elements."""
+    """What the encoder is given, with as many rows as elements, and what it made of it, once it ran."""
 
     inputs: Any = None
+    read: dict[Address, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def shape(self, latent: Latent, event: tuple[int, ...]) -> tuple[int, ...]:
         return (*(len(self.indices) for _ in latent.plates), *event)
@@ -94,6 +95,14 @@ class AmortizedNormal(AutoGuide):
         return points, self._scores(points, normals)
 
     @nn.nowrap
+    def normals(self, rows: Rows) -> dict[Address, tuple[Any, Any]]:
+        return {address: (loc, jnp.exp(log_scale)) for address, (loc, log_scale) in self._normals(rows).items()}
+
+    @nn.nowrap
+    def location(self, rows: Rows) -> Points:
+        return {address: loc for address, (loc, _) in self._normals(rows).items()}
+
+    @nn.nowrap
     def draw(self, key: PRNGKey, rows: Rows) -> Points:
         return self.draw_scored(key, rows)[0]
 
@@ -112,13 +121,15 @@ class AmortizedNormal(AutoGuide):
                 f"The AmortizedNormal at {show_address(current_address())} was called without the inputs of its encoder: "
                 "`guide_args=(inputs, *model_args)`."
             )
-        count = jax.tree.leaves(args[0])[0].shape[0] if self.latents.each[0].plates else 0
+        count = jax.tree.leaves(args[0])[0].shape[0] if any(latent.plates for latent in self.latents.each) else 0
         return _Inputs(jnp.arange(count), args[0])
 
     @nn.nowrap
     def _normals(self, rows: Any) -> dict[Address, tuple[Any, Any]]:
-        """Location and log scale of every choice."""
-        features, normals = self.encoder(rows.inputs), {}
+        """Location and log scale of every choice. The encoder runs once: it may write statistics, and draw dropout."""
+        if rows.read:
+            return rows.read
+        features, normals = self.encoder(rows.inputs), rows.read
         heads = dict(self.heads)
         for latent in self.latents.each:
             lengths = features.shape[: len(latent.plates)]

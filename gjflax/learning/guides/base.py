@@ -37,6 +37,8 @@ from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
 from gjflax.core.trace import CallTrace, Trace, canonical, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
+from gjflax.distributions.distribution import DistributionTrace
+from gjflax.distributions.families import Normal
 from gjflax.learning.guides.latents import Address, Latent, Latents, Placeholder, Points, Program, find_latents
 
 
@@ -51,11 +53,13 @@ class GuideTrace(CallTrace):
       values: by address, the values.
       scores: by address the log densities of the elements, where they are independent given the choices before; else
         the joint log density at ``()``.
+      normals: by address location and scale of the choices that are independent normal variables themselves.
     """
 
     points: dict[str, Any]
     values: dict[str, Any]
     scores: dict[str, Any]
+    normals: dict[str, tuple[Any, Any]]
 
     def get_retval(self) -> Any:
         return self.strip().to_dict()
@@ -65,6 +69,8 @@ class GuideTrace(CallTrace):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        if not self._latents.each:
+            return ()
         latent = self._latents.each[0]
         axes = len(latent.plates) + len(latent.shape)
         shape = jnp.shape(self.values["/".join(latent.address)])
@@ -73,6 +79,22 @@ class GuideTrace(CallTrace):
     @property
     def _latents(self) -> Latents:
         return self.gen_fn.latents
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether there is one log density for all choices together."""
+        return "" in self.scores and () not in [latent.address for latent in self._latents.each]
+
+    @property
+    def parts(self) -> list[tuple[Latent, Trace]]:
+        """The choices one by one, where they are independent given those before, with axes for their plates."""
+        return [(latent, self._part("/".join(latent.address))) for latent in self._latents.each]
+
+    def _part(self, name: str) -> Trace:
+        value, score = self.values[name], self.scores[name]
+        if name in self.normals:
+            return DistributionTrace(Normal, Normal.stored(self.normals[name]), value, score)
+        return _Part(self.gen_fn, value, score)
 
     def project(self, selection: Selection) -> Score:
         parts = []
@@ -101,12 +123,9 @@ class GuideTrace(CallTrace):
 
     def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
         """One trace for each choice, where they are independent given those before; else one for all."""
-        if "" in self.scores and () not in [latent.address for latent in self._latents.each]:
+        if self.is_joint:
             return [(prefix, _Part(self.gen_fn, self.strip(), self.scores[""]))]
-        return [
-            ((*prefix, *_path(name)), _Part(self.gen_fn, self.values[name], scores))
-            for name, scores in self.scores.items()
-        ]
+        return [((*prefix, *latent.address), part) for latent, part in self.parts]
 
     def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
         chosen = [latent for latent in self._latents.each if latent.address in selection]
@@ -157,12 +176,15 @@ class AutoGuide(GenerativeFunction):
       model_args: arguments of the model, of which only shapes and dtypes count.
       selection: the choices that the guide draws, of those that are not observed; by default all.
 
+    Where all of the model's choices are observed, it is the guide of no choice, whose score is 0: so a model whose network
+    is learned and one whose network is drawn (`RandomParams`) have the same objective.
+
     Called with no arguments, or those of the model. These are needed only where a support depends on them. Where the model has a
     batch of a population, their indices, an integer vector, come first.
 
     Raises:
       DiscreteGradientError: if a choice is discrete.
-      SelectionError: if there is no choice left.
+      SelectionError: if there are choices that are not observed, and none is selected.
       NotImplementedByGenerativeFunctionError: if a choice may be absent, or its support depends on parameters or on what
         the guide does not draw.
     """
@@ -198,6 +220,16 @@ class AutoGuide(GenerativeFunction):
     def log_density(self, points: Points, rows: Rows) -> dict[Address, Any]:
         """log q(u): of the elements by address, or the joint one at ``()``."""
         raise NotImplementedError
+
+    @nn.nowrap
+    def location(self, rows: Rows) -> Points:
+        """The point of R^n that stands for the density: its mean or median."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def normals(self, rows: Rows) -> dict[Address, tuple[Any, Any]]:
+        """Location and scale of the points that are independent normal variables; by default of none."""
+        return {}
 
     @nn.nowrap
     def draw_scored(self, key: PRNGKey, rows: Rows) -> tuple[Points, dict[Address, Any]]:
@@ -290,9 +322,15 @@ class AutoGuide(GenerativeFunction):
     ) -> tuple[ChoiceMap, Score]:
         if fixed is not None and not fixed.is_empty():
             raise self.refusal("`constrain` with some choices `fixed`")
-        trace = self._trace(self._given(unconstrained, True), args)
+        points, rows = self._given(unconstrained, True), self._rows(args)
+        trace = self._trace(points, self.log_density(points, rows), rows, args)
         _, log_det = trace.unconstrain(AllSelection())
         return trace.strip(), -log_det
+
+    def at_location(self, args: Arguments) -> ChoiceMap:
+        """The choices at the location of the density on R^n: the one point that `MAP` moves."""
+        values, _ = self.latents.constrain(self.location(self._rows(args)), self.arguments_of_model(args))
+        return choice_map(dict(values))
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -360,31 +398,32 @@ class AutoGuide(GenerativeFunction):
 
     @nn.nowrap
     def _drawn(self, key: PRNGKey, args: Arguments) -> GuideTrace:
-        points, scores = self.draw_scored(key, self._rows(args))
-        return self._trace(points, args, scores)
+        rows = self._rows(args)
+        return self._trace(*self.draw_scored(key, rows), rows, args)
 
     @nn.nowrap
-    def _trace(self, points: Points, args: Arguments, scores: dict[Address, Any] | None = None) -> GuideTrace:
-        """The trace of points, with their log densities if these are known."""
-        rows = self._rows(args)
+    def _trace(self, points: Points, scores: dict[Address, Any], rows: Rows, args: Arguments) -> GuideTrace:
+        """The trace of points with their log densities."""
         for latent in self.latents.each:
             self._check_shape(latent, points[latent.address], rows.shape(latent, latent.point), "point")
         values, log_dets = self.latents.constrain(points, self.arguments_of_model(args))
-        scores = self.log_density(points, rows) if scores is None else scores
         if self.is_point:
             log_dets = {address: jnp.zeros_like(log_det) for address, log_det in log_dets.items()}
         if () in scores:
             scores = {(): total([scores[()], *(-jnp.sum(log_det) for log_det in log_dets.values())])}
         else:
             scores = {address: score - log_dets[address] for address, score in scores.items()}
-        return GuideTrace(self.as_unbound(), canonical(args), _by_name(points), _by_name(values), _by_name(scores))
+        normals = {a: normal for a, normal in self.normals(rows).items() if self.latents.is_unconstrained(a)}
+        parts = map(_by_name, (points, values, scores, normals))
+        return GuideTrace(self.as_unbound(), canonical(args), *parts)
 
     @nn.nowrap
     def _trace_of_values(self, values: Points, args: Arguments) -> GuideTrace:
         rows = self._rows(args)
         for latent in self.latents.each:
             self._check_shape(latent, values[latent.address], rows.shape(latent, latent.shape), "value")
-        trace = self._trace(self.latents.unconstrain(values, self.arguments_of_model(args)), args)
+        points = self.latents.unconstrain(values, self.arguments_of_model(args))
+        trace = self._trace(points, self.log_density(points, rows), rows, args)
         # As given, not as they come back from R^n.
         return trace.replace(values=_by_name(values))
 
@@ -401,7 +440,8 @@ class AutoGuide(GenerativeFunction):
             values = {**self.latents.constrain(points, model_args)[0], **given}
             inverse = self.latents.unconstrain(values, model_args)
             points = {**points, **{address: inverse[address] for address in given}}
-        trace = self._trace(points, args)
+        rows = self._rows(args)
+        trace = self._trace(points, self.log_density(points, rows), rows, args)
         return trace.replace(values={**trace.values, **_by_name(given)})
 
     @nn.nowrap

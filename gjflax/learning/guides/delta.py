@@ -51,8 +51,12 @@ class AutoDelta(AutoGuide):
         self.loc = self.parameters_by_choice("loc", nn.initializers.normal(self.initial_spread))
 
     @nn.nowrap
-    def draw(self, key: PRNGKey, rows: Rows) -> Points:
+    def location(self, rows: Rows) -> Points:
         return {latent.address: rows.take(latent, self.loc[latent.address]) for latent in self.latents.each}
+
+    @nn.nowrap
+    def draw(self, key: PRNGKey, rows: Rows) -> Points:
+        return self.location(rows)
 
     @nn.nowrap
     def log_density(self, points: Points, rows: Rows) -> dict[Address, Any]:

@@ -145,19 +145,25 @@ class AutoFlow(JointGuide):
 
     def setup(self) -> None:
         size = self.size
-        if self.kind == "real_nvp" and size < 2:
+        if self.kind == "real_nvp" and size == 1:
             raise ArgumentError('An AutoFlow of kind "real_nvp" needs two coordinates at least: use "iaf".')
         hidden = (8 + 2 * size,) * 2 if self.hidden is None else self.hidden
+        layers = range(self.num_layers if size else 0)
         if self.kind == "iaf":
-            self.layers = [AutoregressiveNetwork(size, hidden) for _ in range(self.num_layers)]
+            self.layers = [AutoregressiveNetwork(size, hidden) for _ in layers]
         else:
-            self.layers = [CouplingNetwork(size - size // 2, hidden) for _ in range(self.num_layers)]
+            self.layers = [CouplingNetwork(size - size // 2, hidden) for _ in layers]
         self.loc = self.param("loc", nn.initializers.zeros, (size,))
         self.log_scale = self.param("log_scale", nn.initializers.constant(math.log(self.initial_scale)), (size,))
         if self.is_initializing():
             width = size if self.kind == "iaf" else size // 2
             for layer in self.layers:
                 layer(jnp.zeros((width,)))
+
+    @nn.nowrap
+    def location_flat(self) -> FloatArray:
+        with free_promotion():
+            return self._bijector().forward(jnp.zeros_like(self.loc))
 
     @nn.nowrap
     def draw_scored(self, key: PRNGKey, rows: Rows) -> tuple[Points, dict[Address, Any]]:
@@ -184,7 +190,7 @@ class AutoFlow(JointGuide):
         from tensorflow_probability.substrates import jax as tfp
 
         tfb, size = tfp.bijectors, self.loc.size
-        reverse = tfb.Permute(tuple(reversed(range(size))))
+        reverse = tfb.Permute(np.arange(size, dtype=np.int32)[::-1])
         steps: list[Any] = []
         for number, layer in enumerate(self.layers):
             network, variables = layer.unbind()

@@ -15,7 +15,7 @@ from gjflax.learning.guides.latents import Address, Points
 
 
 class JointGuide(AutoGuide):
-    """Base class of these: a subclass writes `draw_flat` and `log_density_flat`. See `AutoGuide`.
+    """Base class of these: a subclass writes `draw_flat`, `log_density_flat` and `location_flat`. See `AutoGuide`.
 
     Constraints are all of its choices or none.
     """
@@ -29,6 +29,15 @@ class JointGuide(AutoGuide):
     def log_density_flat(self, point: FloatArray) -> FloatArray:
         """log q(u), a scalar."""
         raise NotImplementedError
+
+    @nn.nowrap
+    def location_flat(self) -> FloatArray:
+        """The point that stands for the density: shape ``[D]``."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def location(self, rows: Rows) -> Points:
+        return self.split(self.location_flat())
 
     @nn.nowrap
     def draw(self, key: PRNGKey, rows: Rows) -> Points:
@@ -68,4 +77,6 @@ class JointGuide(AutoGuide):
     @nn.nowrap
     def joined(self, points: Points) -> FloatArray:
         """The flat vector of points."""
+        if not self.latents.each:
+            return jnp.zeros(0)
         return jnp.concatenate([jnp.ravel(points[latent.address]) for latent in self.latents.each])

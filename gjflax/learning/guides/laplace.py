@@ -60,6 +60,10 @@ class AutoLaplace(JointGuide):
         self.loc = self.param("loc", nn.initializers.normal(self.initial_spread), (self.size,))
 
     @nn.nowrap
+    def location_flat(self) -> FloatArray:
+        return self.loc
+
+    @nn.nowrap
     def draw_flat(self, key: PRNGKey) -> FloatArray:
         return self.loc
 

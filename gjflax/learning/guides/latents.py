@@ -161,10 +161,12 @@ class Support:
     Attributes:
       leaf: a trace of the choice, which knows its distribution and arguments; of one element, if `is_one`.
       is_one: whether the map is the same for all elements.
+      is_identity: whether the support is R^n itself.
     """
 
     leaf: Any
     is_one: bool
+    is_identity: bool = False
 
     def forward(self, point: Any, axes: int) -> tuple[Any, Any]:
         """The value, and log |det J| of each element."""
@@ -220,6 +222,10 @@ class Latents:
     def has_population(self) -> bool:
         """Whether some choices stand in a batch of a population."""
         return any(latent.is_local for latent in self.each)
+
+    def is_unconstrained(self, address: Address) -> bool:
+        """Whether the support of a choice is R^n itself."""
+        return self.supports is not None and self.supports[address].is_identity
 
     def constrain(self, points: Points, args: Any | None) -> tuple[Points, Points]:
         """The values of points, and by address log |det J| of each element's map: with the axes of the plates."""
@@ -291,7 +297,7 @@ def find_latents(model: Program, observed: frozenset[Address], selection: Select
     Raises:
       DiscreteGradientError: if one is discrete.
       NotImplementedByGenerativeFunctionError: if one may be absent, or its support depends on parameters or on what is observed.
-      SelectionError: if there is none.
+      SelectionError: if there are some that are not observed, and none is selected.
     """
     return _find_latents(model, observed, selection, args)
 
@@ -363,7 +369,9 @@ def _latents(trace: Any, observed: frozenset[Address], selection: Selection) -> 
     others: list[Address] = []
     for site, above in sites(trace.outline()):
         address = site.address
-        if any(address[: len(path)] == path for path in observed) or address not in selection:
+        if any(address[: len(path)] == path for path in observed):
+            continue
+        if address not in selection:
             others.append(address)
             continue
         if any(group.kind in (SWITCH, BRANCH) for group in above):
@@ -381,10 +389,10 @@ def _latents(trace: Any, observed: frozenset[Address], selection: Selection) -> 
         shape = value.shape[len(plates) :]
         point = tuple(bijector_of(_first(site.trace, len(plates))).inverse_event_shape(shape))
         latents.append(Latent(address, plates, shape, point, value.dtype))
-    if not latents:
+    if others and not latents:
         raise SelectionError(
-            "There is no choice for the guide: all of the model's choices are observed, or none is selected. They are "
-            f"{', '.join(show_address(address) for address in others) or 'none'}."
+            "There is no choice for the guide: of the choices that are not observed, "
+            f"{', '.join(show_address(address) for address in others)}, none is selected."
         )
     return latents
 
@@ -413,8 +421,13 @@ def _supports(trace: Any, latents: Sequence[Latent]) -> Mapping[Address, Support
         )
         if not alike and latent.is_local:
             return None
-        supports[latent.address] = one if alike else each
+        is_identity = alike and all(_is_same(point, *one.forward(point, 0)) for point in points)
+        supports[latent.address] = dataclasses.replace(one, is_identity=is_identity) if alike else each
     return supports
+
+
+def _is_same(point: Any, value: Any, log_det: Any) -> bool:
+    return value.shape == point.shape and bool(jnp.all(value == point)) and bool(log_det == 0)
 
 
 def _sources(function: Any, variables: Any, values: Any, choices: ChoiceMap) -> list[set[Any]]:

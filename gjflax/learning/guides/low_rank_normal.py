@@ -64,6 +64,10 @@ class AutoLowRankNormal(JointGuide):
         self.factor = self.param("factor", nn.initializers.normal(spread), (size, self.rank))
 
     @nn.nowrap
+    def location_flat(self) -> FloatArray:
+        return self.loc
+
+    @nn.nowrap
     def draw_flat(self, key: PRNGKey) -> FloatArray:
         own, shared = jax.random.split(key)
         each = jnp.exp(self.log_scale) * jax.random.normal(own, self.loc.shape, self.loc.dtype)

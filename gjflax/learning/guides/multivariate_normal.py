@@ -64,6 +64,10 @@ class AutoMultivariateNormal(JointGuide):
         return jnp.exp(self.log_scale)[:, None] * unit
 
     @nn.nowrap
+    def location_flat(self) -> FloatArray:
+        return self.loc
+
+    @nn.nowrap
     def draw_flat(self, key: PRNGKey) -> FloatArray:
         noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
         return self.loc + self.scale_tril @ noise

@@ -58,6 +58,15 @@ class AutoNormal(AutoGuide):
         self.log_scale = self.parameters_by_choice("log_scale", nn.initializers.constant(math.log(self.initial_scale)))
 
     @nn.nowrap
+    def location(self, rows: Rows) -> Points:
+        return {latent.address: self._at(latent, rows)[0] for latent in self.latents.each}
+
+    @nn.nowrap
+    def normals(self, rows: Rows) -> dict[Address, tuple[Any, Any]]:
+        pairs = {latent.address: self._at(latent, rows) for latent in self.latents.each}
+        return {address: (loc, jnp.exp(log_scale)) for address, (loc, log_scale) in pairs.items()}
+
+    @nn.nowrap
     def draw(self, key: PRNGKey, rows: Rows) -> Points:
         keys, points = KeySource(typed_key(key)), {}
         for latent in self.latents.each:

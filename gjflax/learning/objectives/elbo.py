@@ -24,6 +24,7 @@ from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError, show_address
+from gjflax.core.lifting import Streams
 from gjflax.core.selection import Selection
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
 from gjflax.learning import runs
@@ -132,6 +133,7 @@ class ELBO(Objective):
         weight. So it is while initialising.
         """
         model_key, guide_key = runs.split(key)
+        streams = Streams(self)
         _, trace = self.guide.simulate(guide_key, problem.guide_args)
         sites = sites_of(trace)
         kinds = kinds_of(sites)
@@ -144,7 +146,7 @@ class ELBO(Objective):
             scored = zip(sites, kinds, strict=True)
             signals = {name_of(s.address): s.log_density for s, kind in scored if kind not in (PATHWISE, RELAXED)}
             return None, (log_p - stopped, signals)
-        plan, readings = sample(self, model_key, guide_key, trace, problem)
+        plan, readings = sample(self, model_key, guide_key, trace, streams, problem)
         return plan, (readings, score - stopped)
 
     def _baselines(self, signals: Any, problem: Problem) -> tuple[Any, Any]:

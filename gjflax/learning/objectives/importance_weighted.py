@@ -29,10 +29,10 @@ from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError, show_address
-from gjflax.core.lifting import vmap_module
+from gjflax.core.lifting import Streams, vmap_module
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
 from gjflax.learning import runs
-from gjflax.learning.objectives.base import Objective, effective_sample_size, require_pathwise
+from gjflax.learning.objectives.base import Draws, Objective, effective_sample_size, require_pathwise
 from gjflax.learning.objectives.renyi import bounds_without_each, renyi_bound
 from gjflax.learning.sites import Site, kinds_of, sites_of
 
@@ -79,11 +79,7 @@ class ImportanceWeightedELBO(Objective):
     def loss(self, key: PRNGKey, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
         if self.doubly_reparameterized and not self.is_initializing():
             return self._doubly(key, observed, model_args, guide_args)
-        draws = self.draw(key, observed, model_args, guide_args)
-        bound = renyi_bound(draws.log_weights)
-        signals = bound - bounds_without_each(draws.log_weights)
-        self.sow_diagnostics(log_weights=draws.log_weights, effective_sample_size=draws.effective_sample_size)
-        return -draws.with_score_terms(bound, signals)
+        return importance_weighted_loss(self, self.draw(key, observed, model_args, guide_args))
 
     def _doubly(self, key: PRNGKey, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
         keys = jax.random.split(key, self.num_samples)
@@ -101,11 +97,21 @@ class ImportanceWeightedELBO(Objective):
 
         weigh = vmap_module(log_weight, (0, 0), self.num_samples)
         # The factor is the normalised weight, so the weights are computed twice; XLA makes one of the two.
+        streams = Streams(self)
         before = lax.stop_gradient(weigh(self, keys, jnp.ones(self.num_samples)))
         normalised = jax.nn.softmax(before)
+        streams.rewind()
         log_weights = weigh(self, keys, normalised)
         self.sow_diagnostics(log_weights=before, effective_sample_size=effective_sample_size(before))
         return -(renyi_bound(before) + jnp.sum(normalised * (log_weights - lax.stop_gradient(log_weights))))
+
+
+def importance_weighted_loss(objective: Objective, draws: Draws) -> FloatArray:
+    """−L_K of an objective's draws, whose log weights and effective sample size it sows."""
+    bound = renyi_bound(draws.log_weights)
+    signals = bound - bounds_without_each(draws.log_weights)
+    objective.sow_diagnostics(log_weights=draws.log_weights, effective_sample_size=draws.effective_sample_size)
+    return -draws.with_score_terms(bound, signals)
 
 
 def _require_single_counts(sites: tuple[Site, ...]) -> None:

@@ -1,11 +1,14 @@
 r"""`MAP`: minus the log joint density at the guide's point, as a module.
 
-With a point z = z(φ) that the guide holds, such as an `AutoDelta`, the loss is
+With a point z = z(φ) that the guide holds, the loss is
 
     −log p(x, z(φ)),
 
 and its minimum in φ is the maximum a posteriori of the choices that are not observed: of their density where they live, not of
 their image in R^n. It is minus the log posterior of z up to log p(x).
+
+The point of an `AutoDelta` is its own. That of a guide with a density on R^n, such as `AutoNormal`, is the image of the
+density's location: what is trained by `MAP` is then a start for an `ELBO` of the same guide, with the same variables.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from gjflax.core.choice_map import ChoiceMap
-from gjflax.core.errors import ArgumentError
+from gjflax.core.errors import ArgumentError, show_address
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
+from gjflax.distributions.families import Deterministic
 from gjflax.learning import runs
 from gjflax.learning.guides.base import AutoGuide
 from gjflax.learning.objectives.base import Objective
+from gjflax.learning.sites import Site, sites_of
 
 
 class MAP(Objective):
@@ -25,11 +30,14 @@ class MAP(Objective):
 
     Attributes:
       model: the joint density; its choices are those of the guide and the observed ones.
-      guide: a point for each choice that is not observed: an `AutoDelta`.
-      num_samples: 1, for a point is one.
+      guide: a point for each choice that is not observed: a guide that is built from the model, such as `AutoDelta`, or one
+        whose choices are all `Deterministic`, as those of a network that reads the point off the data.
+      num_samples: how often the model is run, for the mean. It matters only where networks draw randomness, as dropout does.
+
+    The collection "diagnostics" gets ``log_joint``, the mean of the log joint density.
 
     Raises:
-      ArgumentError: if the guide is no point mass.
+      ArgumentError: if a choice of the guide is no point.
       MissingChoiceError, UnvisitedConstraintError: if model and guide do not have the same choices.
 
     >>> import gjflax, jax, optax
@@ -47,19 +55,30 @@ class MAP(Objective):
     0.5
     """
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.guide, AutoGuide) and self.guide.is_point):
-            raise ArgumentError(
-                f"`guide` of `MAP` holds a point for each choice, as `AutoDelta` does; got {self.guide!r:.80}. With a "
-                "distribution as a guide use `ELBO`."
-            )
-        if self.num_samples != 1:
-            raise ArgumentError(f"`num_samples` of `MAP` is 1, for a point is one; got {self.num_samples!r}.")
-        super().__post_init__()
-
     def loss(self, key: PRNGKey, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
-        model_key, guide_key = runs.split(key)
-        _, trace = self.guide.simulate(guide_key, guide_args)
-        log_p = runs.assess(self.model, model_key, runs.merged(trace.strip(), observed), model_args)
+        def one(objective: MAP, key: PRNGKey) -> FloatArray:
+            model_key, guide_key = runs.split(key)
+            choices = runs.merged(objective._point(guide_key, guide_args), observed)
+            return jnp.asarray(runs.assess(objective.model, model_key, choices, model_args))
+
+        log_p = jnp.mean(self.over_samples(one, key))
         self.sow_diagnostics(log_joint=log_p)
-        return -jnp.asarray(log_p)
+        return -log_p
+
+    def _point(self, key: PRNGKey, args: Arguments) -> ChoiceMap:
+        if isinstance(self.guide, AutoGuide):
+            return self.guide.at_location(args)
+        _, trace = self.guide.simulate(key, args)
+        for site in sites_of(trace):
+            if not _is_point(site):
+                raise ArgumentError(
+                    f"`guide` of `MAP` holds a point for each choice, and its choice at {show_address(site.address)} is drawn "
+                    f"from {site.distribution!r:.60}. Use `Deterministic` there, or a guide that is built from the model "
+                    "(`AutoDelta`); with a distribution as a guide use `ELBO`."
+                )
+        return trace.strip()
+
+
+def _is_point(site: Site) -> bool:
+    distribution = site.distribution
+    return distribution == Deterministic or (isinstance(distribution, AutoGuide) and distribution.is_point)

@@ -8,8 +8,10 @@ r"""`MaximumLikelihood`: minus the log likelihood as a module.
     L_K = log (1/K Σ_k w_k),   E[L_K] ≤ log p(x),
 
 the importance weighted bound with the model's own proposal. Its gradient is unbiased for that of E[L_K]: through draws that
-are reparameterised, else by the score function, where sample k is credited with L_K minus the bound of the other samples. A guide
-that looks at the data makes the bound tighter: `ImportanceWeightedELBO`.
+are reparameterised, else by the score function, where sample k is credited with L_K minus the bound of the other samples.
+
+A guide q that looks at the data makes the bound tighter: with one, w_k = p(x, z_k) / q(z_k), and the loss is that of
+`ImportanceWeightedELBO`, for both.
 """
 
 from __future__ import annotations
@@ -18,17 +20,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from gjflax.core.choice_map import ChoiceMap
-from gjflax.core.errors import ArgumentError, NotImplementedByGenerativeFunctionError, show_address
+from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap
+from gjflax.core.errors import NotImplementedByGenerativeFunctionError, show_address
 from gjflax.core.generative_function import CHOICE_STREAM, GenerativeFunction
 from gjflax.core.masked import Masked
 from gjflax.core.trace import total
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
 from gjflax.learning.estimators.estimator import PATHWISE
-from gjflax.learning.objectives.base import Objective, effective_sample_size
-from gjflax.learning.objectives.renyi import bounds_without_each, renyi_bound
+from gjflax.learning.objectives.base import Draws, Objective
+from gjflax.learning.objectives.importance_weighted import importance_weighted_loss
 from gjflax.learning.sites import Site, kinds_of, sites_of
 
 
@@ -39,7 +40,7 @@ class MaximumLikelihood(Objective):
 
     Attributes:
       model: the generative function.
-      guide: none; it stands here so that objectives are called alike.
+      guide: what the missing choices are drawn from, all of them; by default the model.
       num_samples: how many samples of the missing choices.
 
     Where choices are missing the collection "diagnostics" gets ``log_weights``, of shape ``[num_samples]``, and their
@@ -47,6 +48,7 @@ class MaximumLikelihood(Objective):
 
     Raises:
       UnvisitedConstraintError: if an observed choice is none of the model's.
+      MissingChoiceError: if with a guide a choice of the model is neither the guide's nor observed.
 
     >>> import gjflax, jax
     >>> @gjflax.gen
@@ -61,15 +63,9 @@ class MaximumLikelihood(Objective):
 
     guide: GenerativeFunction | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    sides = ("model",)
-
-    def __post_init__(self) -> None:
-        if self.guide is not None:
-            raise ArgumentError(
-                "`MaximumLikelihood` has no guide: missing choices are drawn by the model. With a guide use "
-                "`ImportanceWeightedELBO`, which is the same bound, or `ELBO`."
-            )
-        super().__post_init__()
+    @property
+    def sides(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("model",) if self.guide is None else ("model", "guide")
 
     def __call__(self, observed: Any, model_args: Arguments = (), guide_args: Arguments = ()) -> FloatArray:
         """The loss for observed choices, a scalar to minimise.
@@ -77,11 +73,13 @@ class MaximumLikelihood(Objective):
         Args:
           observed: the observed choices, a choice map or nested dict.
           model_args: the arguments of the model.
-          guide_args: not used.
+          guide_args: the arguments of the guide.
         """
         return super().__call__(observed, model_args, guide_args)
 
     def loss(self, key: PRNGKey, observed: ChoiceMap, model_args: Arguments, guide_args: Arguments) -> FloatArray:
+        if self.guide is not None:
+            return importance_weighted_loss(self, self.draw(key, observed, model_args, guide_args))
         fresh: list[bool] = []
 
         def one(objective: MaximumLikelihood, key: PRNGKey) -> tuple[Any, Any]:
@@ -100,12 +98,11 @@ class MaximumLikelihood(Objective):
         if not any(fresh):
             return -log_weights[0]
         super()._key()  # which raises where there is no stream
-        bound = renyi_bound(log_weights)
-        signals = lax.stop_gradient(bound - bounds_without_each(log_weights))
-        self.sow_diagnostics(log_weights=log_weights, effective_sample_size=effective_sample_size(log_weights))
-        return -(bound + jnp.sum(signals * (log_q - lax.stop_gradient(log_q))))
+        return importance_weighted_loss(self, Draws(log_weights, log_q, EmptyChoiceMap()))
 
     def _key(self) -> PRNGKey:
+        if self.guide is not None:
+            return super()._key()
         scope: Any = self.scope
         has_stream = scope is None or scope.has_rng(CHOICE_STREAM) or self.is_initializing()
         # With complete data nothing is drawn, so no stream is asked for.

@@ -23,6 +23,7 @@ from jax import lax
 
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError
+from gjflax.core.lifting import Streams
 from gjflax.core.typing import Arguments, FloatArray, PRNGKey
 from gjflax.learning import runs
 from gjflax.learning.objectives.base import Objective, effective_sample_size
@@ -77,8 +78,10 @@ class WakeSleep(Objective):
 
         def one(objective: WakeSleep, key: PRNGKey) -> tuple[Any, Any]:
             model_key, guide_key = runs.split(key)
+            streams = Streams(objective)
             _, trace = objective.guide.simulate(guide_key, guide_args)
             choices = jax.tree.map(lax.stop_gradient, trace.strip())
+            streams.rewind()
             log_q = objective.guide.assess(guide_key, choices, guide_args)[1][1]
             return runs.assess(objective.model, model_key, runs.merged(choices, observed), model_args), log_q
 

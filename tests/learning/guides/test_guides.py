@@ -325,6 +325,29 @@ def test_of_a_network_that_writes_statistics(rate):
         assert jnp.isfinite(loss) and abs(loss + log_p) > 1e-3, "no unit was dropped"
 
 
+@pytest.mark.parametrize("make", [*NORMALS.values(), *FLOWS.values(), AutoLaplace, AutoDelta])
+def test_of_no_choice(make):
+    """Where all is observed every bound is the density, and only the model is trained."""
+    observed = {"y": 1.5, "z": 0.5}
+
+    class Model(GenModule):
+        @nn.compact
+        def __call__(self):
+            z = trace("z", Normal)(self.param("loc", nn.initializers.ones, ()), 2.0)
+            trace("y", Normal)(z, 1.0)
+
+    guide = make(Model(), observed)
+    for kind in (gjflax.ELBO, gjflax.ImportanceWeightedELBO, gjflax.MAP, gjflax.MaximumLikelihood):
+        objective = kind(Model(), guide, num_samples=2)
+        variables = objective.init(KEY, observed)
+        loss, grads = jax.value_and_grad(lambda v, o=objective: o.apply(v, observed, rngs={"choice": KEY}))(variables)
+        close(loss, -norm.logpdf(0.5, 1.0, 2.0) - norm.logpdf(1.5, 0.5, 1.0))
+        close(grads["params"]["model"]["loc"], 0.5 / 4)
+        assert sum(leaf.size for leaf in jax.tree.leaves(grads["params"].get("guide", {}))) == 0
+    _, tr = guide.bind({"params": variables["params"].get("guide", {})}).simulate(KEY, ())
+    assert tr.strip().is_empty() and tr.get_score() == 0.0
+
+
 def test_mistakes():
     @gen
     def discrete():
@@ -332,8 +355,8 @@ def test_mistakes():
 
     with pytest.raises(gjflax.DiscreteGradientError, match='"k" is discrete'):
         AutoNormal(discrete).init(KEY)
-    with pytest.raises(gjflax.SelectionError, match="no choice for the guide"):
-        AutoNormal(discrete, {"k": 1}).init(KEY)
+    with pytest.raises(gjflax.SelectionError, match='not observed, "w", none is selected'):
+        AutoNormal(models.regression, models.OBSERVED, (models.X,), selection=gjflax.select("v")).init(KEY)
     with pytest.raises(gjflax.ArgumentError, match="`model` of a guide"):
         AutoNormal(lambda: None)
     with pytest.raises(gjflax.ArgumentError, match="`model_args` is a tuple"):

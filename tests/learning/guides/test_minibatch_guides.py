@@ -178,3 +178,51 @@ def test_amortised_density_by_hand():
     np.testing.assert_allclose(guide.bind(variables).assess(KEY, tr.strip(), (Y[:, None],))[1][1], want, rtol=1e-4)
     with pytest.raises(gjflax.ArgumentError, match="inputs of its encoder"):
         guide.bind(variables).simulate(KEY, ())
+
+
+@pytest.mark.parametrize("amortised", [False, True])
+def test_terms_and_divergences_of_each_choice(amortised):
+    """KL(q || p) of normal choices by its formula, for the population's elements N/n times; and log p − log q by choice."""
+    observed, batch, indices = {("data", "y"): Y[:2]}, X[:2], jnp.array([3, 1])
+
+    @gen
+    def one(x, mu):
+        z = trace("z", Normal)(0.5, 1.3)
+        return trace("y", Normal)(z * x + mu, 0.6)
+
+    @gen
+    def model(x):
+        mu = trace("mu", Normal)(0.0, 2.0)
+        return trace("data", Map(one, in_axes=(0, None), total=N))(x, mu)
+
+    of_mu = AutoNormal(model, observed, (batch,), selection=select("mu"))
+    if amortised:
+        encoder = nn.Sequential([nn.Dense(4), nn.tanh])
+        of_z = AmortizedNormal(model, observed, (batch,), selection=select(("data", "z")), encoder=encoder)
+        guide, guide_args = AutoGuides(of_mu, of_z, own_arguments=True), ((), (Y[:2, None],))
+    else:
+        guide, guide_args = AutoNormal(model, observed, (batch,)), (indices,)
+
+    objective = gjflax.ELBO(model, guide, analytic_kl=select("mu", ("data", "z")))
+    variables = moved(objective.init(KEY, observed, (batch,), guide_args))
+    run = lambda objective: objective.apply(
+        variables, observed, (batch,), guide_args, rngs={"choice": KEY}, mutable=["diagnostics"]
+    )
+    _, noted = run(objective)
+    _, sampled = run(gjflax.ELBO(model, guide))
+    bound = guide.bind({"params": variables["params"]["guide"]})
+    normals = {}
+    for address, leaf in bound.simulate(KEY, guide_args)[1].leaves():
+        assert leaf.get_gen_fn() == Normal, address
+        normals[address] = [np.asarray(arg, np.float64) for arg in leaf.get_args()]
+    for address, mean, prior_scale, factor in ((("mu",), 0.0, 2.0, 1.0), (("data", "z"), 0.5, 1.3, N / 2)):
+        loc, scale = normals[address]
+        name = "/".join(address)
+        exact = factor * np.sum(
+            np.log(prior_scale / scale) + (scale**2 + (loc - mean) ** 2) / (2 * prior_scale**2) - 0.5
+        )
+        np.testing.assert_allclose(-noted["diagnostics"]["terms"][name], exact, rtol=1e-4)
+        assert name in sampled["diagnostics"]["terms"]
+    np.testing.assert_allclose(
+        sum(sampled["diagnostics"]["terms"].values()), sampled["diagnostics"]["log_weights"][0], rtol=1e-5
+    )

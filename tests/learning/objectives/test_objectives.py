@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import gjflax
 from gjflax import (
@@ -115,9 +116,10 @@ def exact_bound(alpha, count):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", [ImportanceWeightedELBO, MaximumLikelihood])
 @pytest.mark.parametrize("count", [1, 3])
-def test_importance_weighted(count):
-    check_mean(ImportanceWeightedELBO(Model(), Guide(), num_samples=count), *exact_bound(0.0, count))
+def test_importance_weighted(objective, count):
+    check_mean(objective(Model(), Guide(), num_samples=count), *exact_bound(0.0, count))
 
 
 @pytest.mark.parametrize("baseline", ["geometric", pytest.param("arithmetic", marks=pytest.mark.slow)])
@@ -338,23 +340,57 @@ def test_the_bound_grows_with_samples_and_meets_the_evidence():
     assert abs(-elbo.mean() - bounds[0]) < 2 * errors[0]
 
 
-@pytest.mark.slow
-def test_objectives_are_called_alike():
-    """Swapping the objective is one line."""
-    guide = NormalGuide()
-    for objective in (
-        ELBO(normal_model, guide, num_samples=2),
-        ImportanceWeightedELBO(normal_model, guide, num_samples=2),
-        Renyi(normal_model, guide, num_samples=2),
-        VIMCO(normal_model, guide),
-        WakeSleep(normal_model, guide),
-        ForwardKL(normal_model, guide),
-        MaximumLikelihood(normal_model),
-        gjflax.MAP(normal_model, AutoDelta(normal_model, {"x": X}, (SCALE,))),
-    ):
-        variables = objective.init(KEY, {"x": X}, (SCALE,))
+@pytest.mark.parametrize("make", [ELBO, pytest.param(AutoDelta, marks=pytest.mark.slow)])
+def test_objectives_are_called_alike(make):
+    """Swapping the objective is one word, with the same variables; where the guide is a point, all but two are its density."""
+    guide = (
+        AutoNormal(normal_model, {"x": X}, (SCALE,)) if make is ELBO else AutoDelta(normal_model, {"x": X}, (SCALE,))
+    )
+    variables = ELBO(normal_model, guide).init(KEY, {"x": X}, (SCALE,))
+    z = np.asarray(variables["params"]["guide"]["loc"]["z"], np.float64)
+    log_joint = np.sum(stats.norm.logpdf(z)) + np.sum(stats.norm.logpdf(X, z * np.asarray(SCALE), 0.5))
+    for kind in (ELBO, ImportanceWeightedELBO, Renyi, VIMCO, WakeSleep, ForwardKL, MaximumLikelihood, gjflax.MAP):
+        objective = kind(normal_model, guide, num_samples=2)
         loss, noted = objective.apply(variables, {"x": X}, (SCALE,), rngs={"choice": KEY}, mutable=["diagnostics"])
-        assert loss.shape == () and np.isfinite(loss) and noted["diagnostics"]
+        assert loss.shape == () and noted["diagnostics"], kind
+        if kind is gjflax.MAP or (make is AutoDelta and kind is not ForwardKL):
+            np.testing.assert_allclose(loss, -log_joint, rtol=1e-5, err_msg=kind.__name__)
+        else:
+            assert make is AutoDelta or (np.isfinite(loss) and abs(loss + log_joint) > 1e-3), kind
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_map_of_guides_that_hold_points(count):
+    """By a network that reads the point off the data, and by several guides at once: −log p by hand."""
+
+    class Reads(GenModule):
+        @nn.compact
+        def __call__(self):
+            trace("z", gjflax.Deterministic)(nn.Dense(3, kernel_init=nn.initializers.ones)(X) / 4)
+
+    @gen
+    def with_scale():
+        scale = trace("scale", gjflax.Gamma)(2.0, 3.0)
+        z = trace("z", Normal)(jnp.zeros(3), scale)
+        trace("x", Normal)(z, 0.5)
+
+    observed = {"x": X}
+    parts = [AutoDelta(with_scale, observed, selection=gjflax.select("scale")), Reads()]
+    objective = gjflax.MAP(with_scale, gjflax.AutoGuides(*parts), num_samples=count)
+    variables = objective.init(KEY, observed)
+    got, grads = jax.value_and_grad(lambda v: objective.apply(v, observed, rngs={"choice": KEY}))(variables)
+    (raw,) = (leaf for leaf in jax.tree.leaves(variables) if leaf.ndim == 0)
+    z = np.full(3, np.sum(X) / 4, np.float64)
+
+    def by_hand(raw):
+        scale = np.logaddexp(raw, 0.0)
+        prior = stats.gamma(2.0, scale=1 / 3).logpdf(scale) + np.sum(stats.norm(0, scale).logpdf(z))
+        return -prior - np.sum(stats.norm(z, 0.5).logpdf(X))
+
+    raw = np.float64(raw)
+    np.testing.assert_allclose(got, by_hand(raw), rtol=1e-5)
+    (slope,) = (leaf for leaf in jax.tree.leaves(grads) if leaf.ndim == 0)
+    np.testing.assert_allclose(slope, (by_hand(raw + 1e-5) - by_hand(raw - 1e-5)) / 2e-5, rtol=1e-4)
 
 
 def test_mistakes():
@@ -371,10 +407,10 @@ def test_mistakes():
         ForwardKL(normal_model, guide, guide_inputs=3)
     with pytest.raises(gjflax.ArgumentError, match="True or False"):
         ImportanceWeightedELBO(normal_model, guide, doubly_reparameterized="yes")
-    with pytest.raises(gjflax.ArgumentError, match="has no guide"):
-        MaximumLikelihood(normal_model, guide)
-    with pytest.raises(gjflax.ArgumentError, match="holds a point for each choice"):
-        gjflax.MAP(normal_model, AutoNormal(normal_model, {"x": X}, (SCALE,)))
+    with pytest.raises(gjflax.MissingStreamError, match='"choice"'):
+        MaximumLikelihood(normal_model, guide).apply({}, {"x": X}, (SCALE,))
+    with pytest.raises(gjflax.ArgumentError, match='holds a point for each choice, and its choice at "z" is drawn'):
+        gjflax.MAP(normal_model, guide).init(KEY, {"x": X}, (SCALE,))
     with pytest.raises(gjflax.SelectionError, match="not a choice of the model"):
         ForwardKL(normal_model, guide).init(KEY, {"xx": X}, (SCALE,))
     objective = ImportanceWeightedELBO(Model(), Guide(), num_samples=2, doubly_reparameterized=True)
