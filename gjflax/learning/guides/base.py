@@ -37,7 +37,7 @@ from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
 from gjflax.core.trace import CallTrace, Trace, canonical, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
-from gjflax.distributions.distribution import DistributionTrace
+from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.distributions.families import Normal
 from gjflax.learning.guides.latents import Address, Latent, Latents, Placeholder, Points, Program, find_latents
 
