@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ def fit(
       scanned_steps: how many steps one compiled call makes at most, in a ``jax.lax.scan``: faster where a step is short. Such
         a call ends at a report, and where the next batch has another shape. The run is the same up to rounding.
       early_stopping: a ``flax.training.early_stopping.EarlyStopping``, updated at every report with the held-out loss, or
-        with the training loss where nothing is held out.
+        with the training loss where nothing is held out; one that is not finite is not shown to it.
       callbacks: functions of the state and the report's row; one that returns True ends the run.
       checkpoints: a directory, or `Checkpoints`. If there is a checkpoint, the run goes on from it.
       writer: a directory, for which `create_writer` makes one, or a metric writer in the manner of clu.
@@ -430,7 +431,9 @@ class _Loop:
                 raise ArgumentError(
                     'Early stopping watches the held-out loss or the metric "loss", and there is neither: give `held_out`.'
                 )
-            self.early_stopping = self.early_stopping.update(watched)
+            # NaN would be its best for good: no loss is less.
+            if math.isfinite(watched):
+                self.early_stopping = self.early_stopping.update(watched)
             self.stopped = self.early_stopping.should_stop
         if self.callbacks:
             state = copied(self.run).whole()

@@ -17,7 +17,7 @@ from gjflax.learning.estimators.enumeration import ENUMERATED
 from gjflax.learning.estimators.estimator import SCORE_FUNCTION
 from gjflax.learning.estimators.measure_valued import MEASURE_VALUED
 from gjflax.learning.flow import Flow
-from gjflax.learning.sites import Address, Plate, Site
+from gjflax.learning.sites import REVERSED_STEPS, STEPS, UNKNOWN, Address, Plate, Site
 
 GUIDE, MODEL, DIVERGENCE = "guide", "model", "divergence"
 
@@ -181,10 +181,9 @@ def _terms(
     for i, guide_site in enumerate(guide_sites):
         if flow is not None and wants_divergence(guide_site.address):
             j = _partner(guide_site, guide_sites, model_sites)
-            # The divergence is that given what was drawn before: the model may not ask for what comes after.
             if (
                 j is not None
-                and flow.model[j].arguments.isdisjoint(reached[guide_site.address])
+                and not _asks_for_later(guide_site, flow.model[j].arguments, reached[guide_site.address])
                 and is_known(guide_site, model_sites[j])
             ):
                 pairs[i] = j
@@ -206,6 +205,17 @@ def _terms(
         if j not in pairs.values():
             terms.append(Term(MODEL, site.address, None, j, site.plates, flow and flow.model[j].score))
     return tuple(terms)
+
+
+def _asks_for_later(site: Site, arguments: frozenset[Address], reached: Iterable[Address]) -> bool:
+    """Whether the model's arguments at a site may depend on what the guide draws there or after it.
+
+    The divergence is that given what was drawn before. Along steps, the choice at the same address is that of a step before: in
+    model and guide alike, for their plates are equal.
+    """
+    kinds = {plate.kind for plate in site.plates}
+    is_chain = UNKNOWN not in kinds and bool(kinds & {STEPS, REVERSED_STEPS})
+    return not (arguments - {site.address} if is_chain else arguments).isdisjoint(reached)
 
 
 def _partner(site: Site, guide_sites: tuple[Site, ...], model_sites: tuple[Site, ...]) -> int | None:

@@ -194,6 +194,30 @@ def test_a_schedule_goes_by_the_steps():
     )
 
 
+@pytest.mark.parametrize("held_out", [None, jnp.full((1, 1), -1.0)])
+def test_a_report_that_is_not_finite_does_not_stop_training(held_out):
+    """Neither one of a step that was left out, nor one of data held out whose loss is not finite."""
+
+    class Objective(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return (self.param("p", nn.initializers.zeros, ()) - 3.0) ** 2 + jnp.sum(0 * jnp.log(x))
+
+    x = jnp.array([[-1.0]] + [[1.0]] * 199)
+    result = fit(
+        Objective(),
+        optax.sgd(1e-2),
+        batches(x, 1, epochs=1),
+        key=KEY,
+        num_steps=200,
+        report_every=1,
+        held_out=held_out,
+        early_stopping=EarlyStopping(min_delta=1e-4, patience=5),
+    )
+    assert result.state.skipped == 1 and not result.stopped_early
+    np.testing.assert_allclose(result.state.params["p"], 3 - 3 * 0.98**199, rtol=1e-5)
+
+
 def test_steps_that_are_not_finite_are_left_out_and_counted():
     good = [np.full(2, value, np.float32) for value in (1.0, 3.0, -2.0)]
     bad = np.array([np.nan, 1.0], np.float32)
