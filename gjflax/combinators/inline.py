@@ -10,8 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from gjflax.combinators.renaming import Moves, Renaming, path
-from gjflax.core.choice_map import ChoiceMap
+from gjflax.combinators.renaming import Moves, Path, Renaming, path
+from gjflax.core.choice_map import BuiltinChoiceMap, ChoiceMap
 from gjflax.core.context import current_address
 from gjflax.core.errors import ArgumentError, nearest, show_address
 from gjflax.core.generative_function import GenerativeFunction
@@ -22,12 +22,12 @@ class Inline(Renaming):
 
     Attributes:
       inner: the generative function. Its parameters are those of the `Inline`.
-      address: the address whose level goes. The names below it must be none of those that are at the top already.
+      address: the address whose level goes. The addresses below it must be none of those that are at the top already.
 
     Raises:
       InvalidAddressError: if `address` is no address.
       ArgumentError: if no choice of the inner function is below it.
-      DuplicateAddressError: if a name below it is at the top already.
+      DuplicateAddressError: if an address below it is at the top already.
 
     >>> import gjflax, jax
     >>> @gjflax.gen
@@ -65,7 +65,18 @@ class Inline(Renaming):
                 f"The Inline at {show_address(current_address())} moves up what is below {show_address(self.address)}, and the "
                 f"inner function has no choice below that. {nearest(self.address, levels)}"
             )
-        return Moves(tuple(((name,), (*self.address, name)) for name in names))
+        return Moves(tuple(pair for name in names for pair in self._pairs((name,), choices)))
+
+    @nn.nowrap
+    def _pairs(self, new: Path, choices: tuple[ChoiceMap, ...]) -> list[tuple[Path, Path]]:
+        """The moves of what is called `new` outside: one by one, where other choices stand at that name already."""
+        old = (*self.address, *new)
+        moving = [part.get_subtree(old) for part in choices if old in part]
+        is_free = self.address[: len(new)] == new[: len(self.address)] or not any(new in part for part in choices)
+        if is_free or not all(isinstance(part, BuiltinChoiceMap) for part in moving):
+            return [(new, old)]
+        names = dict.fromkeys(name for part in moving for name in part.names())
+        return [pair for name in names for pair in self._pairs((*new, name), choices)]
 
     @nn.nowrap
     def outer_address(self, inner: tuple[Any, ...]) -> tuple[Any, ...]:

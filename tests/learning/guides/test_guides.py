@@ -348,6 +348,45 @@ def test_of_no_choice(make):
     assert tr.strip().is_empty() and tr.get_score() == 0.0
 
 
+def test_guides_side_by_side_for_choices_of_one_map():
+    """The score is the sum of both, by hand; an update by outer address reaches the right one; the ELBO is that of both."""
+
+    @gen
+    def element():
+        a = trace("a", Normal)(0.0, 1.0)
+        b = trace("b", Normal)(a, 1.0)
+        trace("y", Normal)(b, 1.0)
+
+    model = gen(lambda: trace("points", gjflax.Map(element, repeats=3))())
+    observed = {("points", "y"): X}
+    parts = [AutoNormal(model, observed, selection=gjflax.select(("points", name))) for name in "ab"]
+    guide = gjflax.AutoGuides(*parts)
+    variables = moved(guide.init(KEY))
+    bound = guide.bind(variables)
+    _, tr = bound.simulate(KEY, ())
+    assert sorted(tr.strip().addresses()) == [("points", "a"), ("points", "b")]
+
+    def by_hand(choices):
+        total = 0.0
+        for number, name in enumerate("ab"):
+            own = variables["params"][f"guides_{number}"]
+            loc, log_scale = (own[kind]["points"][name] for kind in ("loc", "log_scale"))
+            total += jnp.sum(norm.logpdf(choices["points", name], loc, jnp.exp(log_scale)))
+        return total
+
+    close(tr.get_score(), by_hand(tr))
+    new = {("points", "b"): jnp.array([0.3, -0.2, 1.0])}
+    _, (_, weight, changed, discard) = bound.update(KEY, tr, new, ())
+    close(weight, by_hand(changed) - by_hand(tr))
+    close(discard["points", "b"], tr["points", "b"])
+    close(changed["points", "a"], tr["points", "a"])
+    objective = gjflax.ELBO(model, guide)
+    params = {"params": {"guide": variables["params"]}}
+    loss, noted = objective.apply(params, observed, rngs={"choice": KEY}, mutable=["diagnostics"])
+    close(-loss, sum(noted["diagnostics"]["terms"].values()))
+    assert {"points/a", "points/b", "points/y"} == set(noted["diagnostics"]["terms"])
+
+
 def test_mistakes():
     @gen
     def discrete():
