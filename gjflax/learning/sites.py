@@ -33,7 +33,7 @@ from gjflax.core.trace import Trace
 from gjflax.distributions.distribution_trace import DistributionTrace
 from gjflax.language.gen import BuiltinTrace
 from gjflax.learning.estimators.estimator import PATHWISE, GradientEstimator, kind_of
-from gjflax.learning.guides.base import GuideTrace
+from gjflax.learning.guides.guide_trace import GuideTrace
 
 Address = tuple[Any, ...]
 

@@ -33,136 +33,11 @@ from gjflax.core.errors import (
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.keys import KeySource, typed_key
-from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
-from gjflax.core.trace import CallTrace, Trace, canonical, total
+from gjflax.core.trace import Trace, canonical, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
-from gjflax.distributions.distribution_trace import DistributionTrace
-from gjflax.distributions.families import Normal
+from gjflax.learning.guides.guide_trace import GuideTrace, path_of
 from gjflax.learning.guides.latents import Address, Latent, Latents, Placeholder, Points, Program, find_latents
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GuideTrace(CallTrace):
-    """The values that a guide drew, with the points of R^n behind them.
-
-    Attributes:
-      gen_fn: the guide.
-      args: its arguments.
-      points: by address, the points.
-      values: by address, the values.
-      scores: by address the log densities of the elements, where they are independent given the choices before; else
-        the joint log density at ``()``.
-      normals: by address location and scale of the choices that are independent normal variables themselves.
-    """
-
-    points: dict[str, Any]
-    values: dict[str, Any]
-    scores: dict[str, Any]
-    normals: dict[str, tuple[Any, Any]]
-
-    def get_retval(self) -> Any:
-        return self.strip().to_dict()
-
-    def strip(self) -> ChoiceMap:
-        return choice_map({_path(name): value for name, value in self.values.items()})
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        if not self._latents.each:
-            return ()
-        latent = self._latents.each[0]
-        axes = len(latent.plates) + len(latent.shape)
-        shape = jnp.shape(self.values["/".join(latent.address)])
-        return shape[: len(shape) - axes]
-
-    @property
-    def _latents(self) -> Latents:
-        return self.gen_fn.latents
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether there is one log density for all choices together."""
-        return "" in self.scores and () not in [latent.address for latent in self._latents.each]
-
-    @property
-    def parts(self) -> list[tuple[Latent, Trace]]:
-        """The choices one by one, where they are independent given those before, with axes for their plates."""
-        return [(latent, self._part("/".join(latent.address))) for latent in self._latents.each]
-
-    def _part(self, name: str) -> Trace:
-        value, score = self.values[name], self.scores[name]
-        if name in self.normals:
-            return DistributionTrace(Normal, Normal.stored(self.normals[name]), value, score)
-        return _Part(self.gen_fn, value, score)
-
-    def project(self, selection: Selection) -> Score:
-        parts = []
-        for latent in self._latents.each:
-            name = "/".join(latent.address)
-            if name in self.scores and latent.address in selection:
-                parts.append(self._whole(latent, self.scores[name]))
-        if "" in self.scores:
-            chosen = [latent.address in selection for latent in self._latents.each]
-            if all(chosen):
-                return self.scores[""]
-            if any(chosen):
-                raise self.gen_fn.refusal("the share of some choices in the score")
-        return total(parts)
-
-    def _whole(self, latent: Any, scores: Any) -> Any:
-        axes = len(latent.plates)
-        lengths = jnp.shape(scores)[jnp.ndim(scores) - axes :]
-        summed = jnp.sum(scores, axis=tuple(range(-axes, 0))) if axes else scores
-        factor = latent.multiplicity(lengths)
-        return summed if factor == 1.0 else factor * summed
-
-    @property
-    def counts_for_others(self) -> bool:
-        return self._latents.has_population
-
-    def leaves(self, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Trace]]:
-        """One trace for each choice, where they are independent given those before; else one for all."""
-        if self.is_joint:
-            return [(prefix, _Part(self.gen_fn, self.strip(), self.scores[""]))]
-        return [((*prefix, *latent.address), part) for latent, part in self.parts]
-
-    def unconstrain(self, selection: Selection) -> tuple[ChoiceMap, Score]:
-        chosen = [latent for latent in self._latents.each if latent.address in selection]
-        points = {latent.address: self.points["/".join(latent.address)] for latent in chosen}
-        everything = {_path(name): point for name, point in self.points.items()}
-        _, log_dets = self._latents.constrain(everything, self.gen_fn.arguments_of_model(self.get_args()))
-        parts = [-self._whole(latent, log_dets[latent.address]) for latent in chosen]
-        return choice_map(points), total(parts)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _Part(Trace):
-    """A choice of a guide, or all of them together."""
-
-    gen_fn: Any = dataclasses.field(metadata=STATIC)
-    value: Any
-    score: Any
-
-    def get_gen_fn(self) -> Any:
-        return self.gen_fn
-
-    def get_retval(self) -> Any:
-        return self.value
-
-    def get_score(self) -> Score:
-        return self.score
-
-    def strip(self) -> ChoiceMap:
-        return choice_map(self.value)
-
-    @property
-    def is_reparameterized(self) -> bool:
-        return True
-
-
-def _path(name: str) -> Address:
-    return tuple(name.split("/"))
 
 
 class AutoGuide(GenerativeFunction):
@@ -198,6 +73,9 @@ class AutoGuide(GenerativeFunction):
 
     is_point = False
     """Whether it is a point mass, whose score has no Jacobian."""
+
+    is_joint = False
+    """Whether there is one log density, of all choices together."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, (GenerativeFunction, Program)):
@@ -289,7 +167,7 @@ class AutoGuide(GenerativeFunction):
         given = self._given(choices, strict)
         if not given and self.knows_no_change(trace, argdiffs, param_diff):
             return key, (no_change(trace.get_retval()), jnp.zeros_like(trace.get_score()), trace, choice_map({}))
-        old = {_path(name): value for name, value in trace.values.items()}
+        old = {path_of(name): value for name, value in trace.values.items()}
         new = self._trace_of_values({**old, **given}, Diff.primal(argdiffs))
         discard = choice_map({address: old[address] for address in given})
         return key, (unknown_change(new.get_retval()), new.get_score() - trace.get_score(), new, discard)
@@ -409,7 +287,7 @@ class AutoGuide(GenerativeFunction):
         values, log_dets = self.latents.constrain(points, self.arguments_of_model(args))
         if self.is_point:
             log_dets = {address: jnp.zeros_like(log_det) for address, log_det in log_dets.items()}
-        if () in scores:
+        if self.is_joint:
             scores = {(): total([scores[()], *(-jnp.sum(log_det) for log_det in log_dets.values())])}
         else:
             scores = {address: score - log_dets[address] for address, score in scores.items()}
@@ -430,7 +308,7 @@ class AutoGuide(GenerativeFunction):
     @nn.nowrap
     def _trace_of_some(self, drawn: Points, given: Points, args: Arguments) -> GuideTrace:
         """The trace of some values, and points for the rest."""
-        if () in jax.eval_shape(lambda: self.log_density(drawn, self._rows(args))):
+        if self.is_joint:
             raise self.refusal("the density of some choices given the others")
         model_args = self.arguments_of_model(args)
         values, _ = self.latents.constrain(drawn, model_args)

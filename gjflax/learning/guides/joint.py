@@ -20,6 +20,8 @@ class JointGuide(AutoGuide):
     Constraints are all of its choices or none.
     """
 
+    is_joint = True
+
     @nn.nowrap
     def draw_flat(self, key: PRNGKey) -> FloatArray:
         """A point u, drawn with reparameterisation: shape ``[D]``."""

@@ -387,6 +387,26 @@ def test_guides_side_by_side_for_choices_of_one_map():
     assert {"points/a", "points/b", "points/y"} == set(noted["diagnostics"]["terms"])
 
 
+@pytest.mark.parametrize("make", [*NORMALS.values(), FLOWS["real nvp"], AutoLaplace, AutoDelta])
+def test_of_a_model_whose_choice_is_at_the_root(make):
+    """Its ELBO is log p − log q by hand, and its density that of the guide of the same choice at an address."""
+    model = Map(Normal, in_axes=(0, None))
+    args = (jnp.array([0.5, -1.0, 2.0]), 1.5)
+    guide, named = make(model, (), args), make(gen(lambda *args: trace("z", model)(*args)), (), args)
+    params = moved(guide.init(KEY))["params"]
+    _, tr = guide.bind({"params": params}).simulate(KEY, ())
+    leaves, structure = jax.tree.leaves(params), jax.tree.structure(named.init(KEY)["params"])
+    same = named.bind({"params": structure.unflatten(leaves)})
+    _, (_, score) = same.assess(KEY, {"z": tr.get_retval()}, ())
+    close(tr.get_score(), score)
+    _, elbo = gjflax.ELBO(model, guide).apply(
+        {"params": {"guide": params}}, {}, args, rngs={"choice": KEY}, mutable=["diagnostics"]
+    )
+    close(elbo["diagnostics"]["terms"]["root"], elbo["diagnostics"]["log_weights"][0])
+    if make in (AutoLaplace, AutoDelta):
+        close(elbo["diagnostics"]["log_weights"][0], norm.logpdf(leaves[0], *args).sum())
+
+
 def test_mistakes():
     @gen
     def discrete():
