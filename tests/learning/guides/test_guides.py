@@ -42,6 +42,15 @@ FLOWS = {
     "real nvp": lambda *args: AutoFlow(*args, kind="real_nvp", hidden=(8,)),
 }
 
+QUICK_FIRST = [
+    AutoNormal,
+    AutoMultivariateNormal,
+    *(
+        pytest.param(make, marks=pytest.mark.slow)
+        for make in (NORMALS["low rank"], *FLOWS.values(), AutoLaplace, AutoDelta)
+    ),
+]
+
 
 def close(a, b, rtol=2e-4, atol=2e-4):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
@@ -325,7 +334,7 @@ def test_of_a_network_that_writes_statistics(rate):
         assert jnp.isfinite(loss) and abs(loss + log_p) > 1e-3, "no unit was dropped"
 
 
-@pytest.mark.parametrize("make", [*NORMALS.values(), *FLOWS.values(), AutoLaplace, AutoDelta])
+@pytest.mark.parametrize("make", QUICK_FIRST)
 def test_of_no_choice(make):
     """Where all is observed every bound is the density, and only the model is trained."""
     observed = {"y": 1.5, "z": 0.5}
@@ -387,7 +396,7 @@ def test_guides_side_by_side_for_choices_of_one_map():
     assert {"points/a", "points/b", "points/y"} == set(noted["diagnostics"]["terms"])
 
 
-@pytest.mark.parametrize("make", [*NORMALS.values(), FLOWS["real nvp"], AutoLaplace, AutoDelta])
+@pytest.mark.parametrize("make", QUICK_FIRST)
 def test_of_a_model_whose_choice_is_at_the_root(make):
     """Its ELBO is log p − log q by hand, and its density that of the guide of the same choice at an address."""
     model = Map(Normal, in_axes=(0, None))
