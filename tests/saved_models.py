@@ -95,6 +95,8 @@ MODELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "random parameters": (gjflax.RandomParams(nn.Dense(3), (Normal, (0.0, 1.0)), "kernel"), (jnp.ones(2),)),
     "trained": (gjflax.TrainCombinator(learned, {"mu": 0.5}), (2.0,)),
     "flax module": (gjflax.FlaxModule(nn.Dense(3)), (jnp.ones(2),)),
+    "choice at": (gjflax.ChoiceAt(Normal), (0.0, 1.0, jnp.int32(3))),
+    "calls at": (Map(gjflax.CallAt(pair)), (jnp.arange(2.0), jnp.array([3, 5], jnp.int32))),
     "nested": (nested, (jnp.array([0.5, -1.0]),)),
 }
 

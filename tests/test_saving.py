@@ -19,6 +19,7 @@ import gjflax
 from gjflax import ArgumentError, Map, Masked, Normal, VectorChoiceMap, choice_map
 
 FEW = ["network", "structure"]
+COMPUTED = ["choice at", "calls at", "unfold of any length", "mask", "switch"]
 
 
 def read_elsewhere(format: str, folder: pathlib.Path, names: list[str]) -> None:
@@ -86,6 +87,21 @@ def test_random_keys_survive():
     choices = choice_map({"k": gjflax.ValueChoiceMap(other)})
     restored = round_trip(choices, jax.eval_shape(lambda: choices))
     assert jax.random.key_impl(restored["k"]) == jax.random.key_impl(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in COMPUTED else pytest.mark.slow) for name in sorted(saved_models.MODELS)],
+)
+def test_the_choices_of_a_template_are_a_template_of_the_choices(name: str):
+    """Also where they say more than the arrays of the trace: flags, the axis of a key."""
+    like = saved_models.template(name)
+    choices = like["trace"].strip()
+    assert jax.tree.structure(choices) == jax.tree.structure(like["choices"])
+    assert jax.tree.leaves(choices) == jax.tree.leaves(like["choices"])
+    made = {part: saved_models.everything(name)[part] for part in ("trace", "choices")}
+    restored = round_trip(made, {"trace": like["trace"], "choices": choices})
+    assert restored["choices"] == made["choices"] == restored["trace"].strip()
 
 
 def test_state_dicts_have_the_names_of_fields():

@@ -37,7 +37,7 @@ from jax import lax
 from jax.core import Tracer
 
 from gjflax.combinators.branching import like
-from gjflax.combinators.elements import flag_each
+from gjflax.combinators.elements import flag_each, traced_indices
 from gjflax.combinators.presence import choose, either, flagged, given, present, types
 from gjflax.core.choice_map import (
     BuiltinChoiceMap,
@@ -53,13 +53,14 @@ from gjflax.core.context import current_address
 from gjflax.core.diff import Change, Diff, unknown_change
 from gjflax.core.errors import ArgumentError, SelectionError, UnvisitedConstraintError, show_address
 from gjflax.core.generative_function import GenerativeFunction
+from gjflax.core.indices import nan_where_repeated
 from gjflax.core.lifted_switch import switch
 from gjflax.core.lifting import share_inner_scope
 from gjflax.core.masked import both
 from gjflax.core.outline import Part, Site
 from gjflax.core.pytree import STATIC, Const
 from gjflax.core.selection import Selection
-from gjflax.core.trace import Trace, WrappedTrace, leafwise, total
+from gjflax.core.trace import Trace, WrappedTrace, also_of_template, leafwise, total
 from gjflax.core.typing import Address, Arguments, PRNGKey, Score
 from gjflax.language.handlers import call_options
 
@@ -93,6 +94,7 @@ class CallAtTrace(WrappedTrace):
         zero = jnp.zeros_like(self.get_score())
         return total([jnp.where(number == i, part, zero) for i, part in enumerate(parts)])
 
+    @also_of_template
     def strip(self) -> ChoiceMap:
         return _at_key(self.inner.strip(), self.stored_key)
 
@@ -197,7 +199,7 @@ class CallAt(GenerativeFunction):
         stored = self._stored_key(args)
         below = masked(*self._given(choices, args, strict))
         key, (weight, inner) = self.inner.importance(key, below, args[:-1], **call_options(strict))
-        return key, (weight, self._trace(stored, inner))
+        return key, (nan_where_repeated(weight, traced_indices(choices)), self._trace(stored, inner))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
@@ -205,7 +207,7 @@ class CallAt(GenerativeFunction):
         self._stored_key(args)
         below, there = self._given(choices, args, strict)
         key, (retval, score) = self.inner.assess(key, below, args[:-1], **call_options(strict))
-        return key, (retval, _known_where(there, score))
+        return key, (retval, nan_where_repeated(_known_where(there, score), traced_indices(choices)))
 
     def update(
         self,
@@ -227,6 +229,7 @@ class CallAt(GenerativeFunction):
                 key, trace.inner, below, argdiffs[:-1], **options
             )
             new = self._trace(trace.stored_key, inner)
+            weight = nan_where_repeated(weight, traced_indices(choices))
             return key, (retdiff, weight, new, _at_key(discard, trace.stored_key))
         key, once = jax.random.split(key)
 
@@ -249,7 +252,7 @@ class CallAt(GenerativeFunction):
             inner, weight = choose([~moved, moved], [(new, weight) for new, weight, _ in results])
             there, overwritten = present(old), given(old, results[0][2])
             discard = flagged(old, {a: both(flag, either(moved, overwritten[a])) for a, flag in there.items()})
-        new = self._trace(stored, inner)
+        new, weight = self._trace(stored, inner), nan_where_repeated(weight, traced_indices(choices))
         return key, (unknown_change(new.get_retval()), weight, new, _at_key(discard, trace.stored_key))
 
     def regenerate(

@@ -23,6 +23,7 @@ from gjflax.core.context import current_address
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import ChoiceMapError, ChoiceShapeError, SelectionError, show_address
 from gjflax.core.in_place import take_elements, within, write_elements
+from gjflax.core.indices import certainly_repeat, nan_where_repeated
 from gjflax.core.masked import Masked
 from gjflax.core.selection import Selection
 from gjflax.core.trace import Trace, canonical, leafwise, plain
@@ -58,6 +59,12 @@ def given_elements(choices: ChoiceMap, length: int) -> tuple[ChoiceMap, Any]:
             raise ChoiceMapError(
                 f"The choice map gives element {outside[-1]} of {show_address(current_address())}, which has "
                 f"{length} elements (0 to {length - 1})."
+            )
+        # Also those of a choice map that a compiled function made, where they were not known.
+        if indices is None and certainly_repeat(known):
+            raise ChoiceMapError(
+                f"The choice map gives elements {np.asarray(known).tolist()} of {show_address(current_address())}, by "
+                "index. Indices must not repeat."
             )
         return inner, jnp.asarray(known)
     choices = flag_each(choices, length)
@@ -148,9 +155,17 @@ def same_indices(one: Any, other: Any) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def out_of_range(indices: Any, length: int) -> Any:
-    """0, or NaN where an index that is known only when running is none of an element: a weight that cannot be missed."""
-    return jnp.where(jnp.all(within(indices, length)), 0.0, jnp.nan)
+def traced_indices(choices: ChoiceMap) -> Any:
+    """The indices of choices of some elements, where they are not known while tracing; else None."""
+    indices = choices.indices if isinstance(choices, VectorChoiceMap) else None
+    return indices if isinstance(indices, Tracer) else None
+
+
+def checked_weight(weight: Any, indices: Any, length: int) -> Any:
+    """A weight, NaN where traced indices repeat, or one is none of an element: so it cannot be missed."""
+    if not isinstance(indices, Tracer):
+        return weight
+    return nan_where_repeated(jnp.where(jnp.all(within(indices, length)), weight, jnp.nan), indices)
 
 
 def masked_elements(given: ChoiceMap, indices: Any, length: int) -> ChoiceMap:

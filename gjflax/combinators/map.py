@@ -28,21 +28,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from gjflax.combinators.elements import (
     assess_element,
     by_selection,
     check_selection,
+    checked_weight,
     constrain_element,
     given_elements,
     importance_of_element,
     masked_elements,
-    out_of_range,
     same_indices,
     simulate_element,
     split_key,
     sum_elements,
+    traced_indices,
     with_options,
 )
 from gjflax.combinators.map_change import ElementsChange
@@ -231,9 +231,8 @@ class Map(GenerativeFunction):
         function = with_options(importance_of_element, strict)
         lifted = self._lifted(function, length, (0, 0, self._axes(args)))
         weights, inner = lifted(self.inner, keys, given, args)
-        if indices is not None and isinstance(indices, Tracer):
-            weights = weights + out_of_range(indices, length)
-        return key, (self._of_population(sum_elements(weights), length), self._trace(args, inner, length))
+        weight = checked_weight(sum_elements(weights), traced_indices(choices), length)
+        return key, (self._of_population(weight, length), self._trace(args, inner, length))
 
     def assess(
         self, key: PRNGKey, choices: ChoiceMap, args: Arguments, *, strict: bool = True
@@ -276,12 +275,12 @@ class Map(GenerativeFunction):
             if change.everywhere or (change.moved is not None and not same_indices(change.moved, indices)):
                 # In one pass: between two there would be a state with choices of its own, or of density 0.
                 everywhere = change.update_all(masked_elements(given, indices, trace.length), **run)
-                change.check_range(indices)
                 discard = _discarded(everywhere, given, which, indices, trace)
             else:
                 discard = vector(which, change.update_some(indices, given, **run))
         retdiff, new = self._changed(change)
-        return change.key, (retdiff, self._of_population(change.weight(), trace.length), new, discard)
+        weight = checked_weight(change.weight(), traced_indices(choices), trace.length)
+        return change.key, (retdiff, self._of_population(weight, trace.length), new, discard)
 
     def regenerate(
         self,

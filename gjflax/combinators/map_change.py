@@ -16,10 +16,10 @@ from jax.core import Tracer
 
 from gjflax.combinators.elements import (
     Elements,
+    checked_weight,
     is_keyed,
     note,
     notes,
-    out_of_range,
     same_indices,
     split_key,
     sum_elements,
@@ -28,7 +28,7 @@ from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap
 from gjflax.core.diff import Change, Diff, elements_change, no_change, unknown_change
 from gjflax.core.frozen import thawed
 from gjflax.core.generative_function import is_same
-from gjflax.core.in_place import fence, stored_leaves, take_elements, within
+from gjflax.core.in_place import fence, stored_leaves, take_elements
 from gjflax.core.selection import Selection
 from gjflax.core.trace import canonical, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
@@ -57,12 +57,8 @@ class ElementsChange:
 
     def weight(self) -> Score:
         """The sum of the weights of what was run."""
-        return total([sum_elements(weight) for weight in self.elements.weights])
-
-    def check_range(self, indices: Any) -> None:
-        """Make the weight NaN if an index, which is known only when running, is none of an element."""
-        if isinstance(indices, Tracer):
-            self.elements.weights.append(out_of_range(indices, self.trace.length))
+        weight = total([sum_elements(weight) for weight in self.elements.weights])
+        return checked_weight(weight, self.moved, self.trace.length)
 
     def stored_args(self) -> tuple[Any, list[Diff]]:
         """The new arguments as the trace stores them, and what is known of their leaves."""
@@ -131,8 +127,6 @@ class ElementsChange:
                 )
         said = noted[-1]
         weights = jnp.broadcast_to(weights, (count,))
-        if isinstance(indices, Tracer):
-            weights = jnp.where(within(indices, self.trace.length), weights, jnp.nan)
         part = said.only_touched(part)
         weights, part, discard = fence((weights, part, discard), indices if isinstance(indices, Tracer) else self.key)
         self.key = end if said.drew else self.key

@@ -42,6 +42,11 @@ So `regenerate` draws (s', a') ~ q₀(·; v) and e' ~ q(·; u'), and for the way
 is the log acceptance ratio of a move on (u, e) with the auxiliary variables a' and b, whose roles the way back exchanges. An
 `update` that needs new kept choices s draws them so, and has w = log ξ' − log ξ − S(u', a').
 
+**Kept choices that may be absent**, beyond a length or behind a flag, in a branch that is not taken. Which are there is part of
+u, and u says it: the arguments and the kept choices decide it, never the hidden ones. So a density given u is that of what is
+there, a choice that is gone is no part of v, and one that is new is among the missing s. In the way back of `regenerate`, s is
+what u has and u' lacks, or what is selected.
+
 After A. Lew et al., "Probabilistic programming with stochastic probabilities", PLDI 2023; C. Andrieu and G. Roberts, "The
 pseudo-marginal approach for efficient Monte Carlo computations", 2009.
 """
@@ -55,9 +60,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gjflax.combinators.elements import masked_elements
+from gjflax.combinators.map import multiplicity
 from gjflax.combinators.marginal_algorithms import DefaultImportance, MarginalAlgorithm, depends_on
+from gjflax.combinators.presence import Flags, either, fitted, flagged, negated, present, selected
+from gjflax.combinators.presence import given as is_among
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, ValueChoiceMap, VectorChoiceMap, choice_map
+from gjflax.core.choice_map.vectors import all_vectors_in
 from gjflax.core.context import current_address, note_estimate
 from gjflax.core.diff import Diff, no_change, unknown_change
 from gjflax.core.errors import (
@@ -71,10 +82,10 @@ from gjflax.core.errors import (
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.lifting import share_inner_scope, vmap_module
-from gjflax.core.masked import Masked, has_masked
+from gjflax.core.masked import both, has_masked, where
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import AllSelection, Selection, select
-from gjflax.core.trace import Trace, leafwise
+from gjflax.core.trace import Trace, leafwise, total
 from gjflax.core.typing import Arguments, PRNGKey, Score
 
 
@@ -199,9 +210,9 @@ class Marginal(GenerativeFunction):
     Raises:
       SelectionError: if the selection names what is no choice of the inner function, or an element of a vector.
       UnvisitedConstraintError: if a value is given for a hidden choice.
-      NotImplementedByGenerativeFunctionError: if a kept choice is one that a branch may leave out; from ``project``, if some
-        of the kept choices are selected and others not; from ``constrain``, if the support of a kept choice depends on a
-        hidden one.
+      NotImplementedByGenerativeFunctionError: if a hidden choice decides whether a kept one is there; from ``project``, if
+        some of the kept choices are selected and others not; from ``constrain``, if the support of a kept choice depends on
+        a hidden one.
 
     >>> import gjflax, jax, jax.numpy as jnp
     >>> @gjflax.gen
@@ -294,7 +305,11 @@ class Marginal(GenerativeFunction):
     ) -> tuple[PRNGKey, tuple[Any, Score]]:
         key, below = jax.random.split(key)
         given = self._visible(choices, strict)
-        trace = self._estimated(below, _unmasked(given), args, assessing=True)
+        held = given
+        if any(not isinstance(part.static_indices, range) for part in all_vectors_in(given)):
+            # Where elements may be absent, some may be all that are there.
+            held = self.kept_of(self.inner.importance(below, given, args, strict=strict)[1][1])
+        trace = self._estimated(below, held, args, assessing=True)
         there = is_given(given, trace.strip())
         if there is False:
             missing = [address for address in trace.strip().addresses() if not given.has_subtree(address)]
@@ -324,8 +339,16 @@ class Marginal(GenerativeFunction):
         key, changing, estimating, drawing = jax.random.split(key, 4)
         options = {"param_diff": param_diff, "strict": strict}
         _, (_, _, inner, discard) = self.inner.update(changing, trace.inner, given, argdiffs, **options)
-        kept = self.kept_of(inner)
-        known = {*trace.strip().addresses(), *given.addresses()}
+        kept, old = self.kept_of(inner), trace.strip()
+        if has_masked(kept):
+            given = fitted(given, old)
+            new, contribution = self._redrawn(drawing, estimating, old.overwrite(given), args)
+            before, after, overwritten = present(old), is_among(old, new.strip()), is_among(old, given)
+            discard = flagged(
+                old, {a: both(there, either(overwritten[a], negated(after[a]))) for a, there in before.items()}
+            )
+            return key, (unknown_change(new.get_retval()), new.score - trace.score - contribution, new, discard)
+        known = {*old.addresses(), *given.addresses()}
         if known.issuperset(kept.addresses()):
             new = self._estimated(estimating, kept, args)
             weight = new.score - trace.score
@@ -349,16 +372,24 @@ class Marginal(GenerativeFunction):
             options = {"param_diff": param_diff}
             key, (retdiff, weight, new, _) = self.update(key, trace, EmptyChoiceMap(), argdiffs, **options)
             return key, (retdiff, weight, new)
-        held = kept.filter(~selection)
-        if held.is_empty():
+        if kept.filter(~selection).is_empty():
             key, new = self.simulate(key, args)
             return key, (unknown_change(new.get_retval()), jnp.zeros_like(new.score), new)
         key, drawing, estimating, back = jax.random.split(key, 4)
+        redrawn, before = selected(kept, selection), present(kept)
+        held = kept.filter(~selection)
+        if has_masked(kept):
+            held = flagged(kept, {a: both(there, negated(redrawn[a])) for a, there in before.items()})
         new, contribution = self._redrawn(drawing, estimating, held, args)
         _, (_, reverse) = self.inner.importance(back, kept, trace.get_args())
         # A choice that is gone would be redrawn on the way back.
-        stays = _selected({*held.addresses()}.intersection(new.strip().addresses()))
-        contribution_back = reverse.project(self.selection) - reverse.project(self.selection & stays & ~selection)
+        if has_masked(kept):
+            after = is_among(kept, new.strip())
+            lost = {a: both(there, either(redrawn[a], negated(after[a]))) for a, there in before.items()}
+            contribution_back = self._score_where(reverse, lost)
+        else:
+            stays = _selected({*held.addresses()}.intersection(new.strip().addresses()))
+            contribution_back = reverse.project(self.selection) - reverse.project(self.selection & stays & ~selection)
         weight = new.score - trace.score - contribution + contribution_back
         return key, (unknown_change(new.get_retval()), weight, new)
 
@@ -399,7 +430,7 @@ class Marginal(GenerativeFunction):
     @nn.nowrap
     def _with_hidden(self, key: PRNGKey, inner: Trace, args: Arguments) -> MarginalTrace:
         """A trace with the hidden choices of a trace of the inner function, which were drawn with the kept ones."""
-        self._check(inner)
+        self._check(inner, args)
         return MarginalTrace(self.as_unbound(), inner, self.algorithm.estimate_with(key, self, inner, args))
 
     @nn.nowrap
@@ -410,7 +441,7 @@ class Marginal(GenerativeFunction):
         if assessing and estimate.randomness is not None:
             note_estimate(estimate.randomness)
         _, (_, inner) = self.inner.importance(running, kept.merge(estimate.hidden), args)
-        self._check(inner)
+        self._check(inner, args)
         return MarginalTrace(self.as_unbound(), inner, estimate.log_density)
 
     @nn.nowrap
@@ -437,7 +468,19 @@ class Marginal(GenerativeFunction):
         return choices.filter(self.selection)
 
     @nn.nowrap
-    def _check(self, inner: Trace) -> None:
+    def _score_where(self, trace: Trace, flags: Flags) -> Score:
+        """The score of those kept choices of a trace of the inner function whose flags are true."""
+        leaves = [(address, leaf) for address, leaf in trace.leaves() if address in flags]
+        if {address for address, _ in leaves} != set(flags):
+            raise NotImplementedByGenerativeFunctionError(
+                f"The inner function of the Marginal at {show_address(current_address())} does not give its single choices' "
+                "traces by `leaves`, which `regenerate` of some kept choices needs where others may be absent. Select all."
+            )
+        parts = [(flags[address], multiplicity(leaf) * leaf.get_score()) for address, leaf in leaves]
+        return total([jnp.sum(where(flag, score, jnp.zeros_like(score))) for flag, score in parts])
+
+    @nn.nowrap
+    def _check(self, inner: Trace, args: Arguments) -> None:
         """Errors for a selection that does not fit the inner function."""
         here, known, kept = current_address(), inner.strip(), self.kept_of(inner)
         for address in self.selection.addresses:
@@ -452,10 +495,27 @@ class Marginal(GenerativeFunction):
                 f"{nearest('', known.addresses())}"
             )
         if has_masked(kept):
-            absent = next(a for a in kept.addresses() if isinstance(kept.get_subtree(a).get_value(), Masked))
+            self._check_presence(kept, self.hidden_of(inner), args)
+
+    @nn.nowrap
+    def _check_presence(self, kept: ChoiceMap, hidden: ChoiceMap, args: Arguments) -> None:
+        """An error where a hidden choice decides which of the kept ones are there."""
+        decided: list[tuple[str, ...]] = []
+
+        def run(marginal: Any, hidden: ChoiceMap) -> Score:
+            _, (weight, trace) = marginal.inner.importance(jax.random.key(0), kept.merge(hidden), args)
+            flags = present(marginal.kept_of(trace))
+            decided.extend(address for address, flag in flags.items() if depends_on(hidden, flag))
+            return weight
+
+        if not hidden.is_empty():
+            self.mapped(run, 1)(self, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], hidden))
+        if decided:
+            here = current_address()
             raise NotImplementedByGenerativeFunctionError(
-                f"The choice {show_address((*here, *absent))} is one that a branch may leave out, and a Marginal keeps choices "
-                "that are always there. Take the Marginal of each branch, below the Switch."
+                f"Whether the kept choice {show_address((*here, *decided[0]))} is there depends on a hidden choice of the "
+                f"Marginal at {show_address(here)}, so that it is known which of the kept choices are there only where that one "
+                "is. Keep the choice on which it depends too, or hide both."
             )
 
 
@@ -464,29 +524,23 @@ def is_given(given: ChoiceMap, choices: ChoiceMap) -> Any:
     if isinstance(choices, VectorChoiceMap):
         if not isinstance(given, VectorChoiceMap):
             return is_given(given, choices.inner)
-        indices = given.static_indices
-        if indices is None or sorted(indices) != list(range(len(choices))):
+        indices, length = given.static_indices, len(choices)
+        if indices is not None and has_masked(choices):
+            # Those that are absent need not be given.
+            inner = given.inner if given.covers(length) else masked_elements(given.inner, np.asarray(indices), length)
+            return is_given(inner, choices.inner)
+        if indices is None or sorted(indices) != list(range(length)):
             return False
         return is_given(given.inner, choices.inner)
     if isinstance(choices, ValueChoiceMap):
-        if not given.is_value():
-            return False
-        value = given.get_value()
-        return jnp.all(value.flag) if isinstance(value, Masked) else True
+        here = present(given)[()] if given.is_value() else False
+        either_way = either(negated(present(choices)[()]), here)
+        return either_way if isinstance(either_way, bool) else jnp.all(either_way)
     flags = [is_given(given.get_submap(name), choices.get_submap(name)) for name in choices.names()]
     if any(flag is False for flag in flags):
         return False
     unknown = [flag for flag in flags if flag is not True]
     return jnp.all(jnp.stack(unknown)) if unknown else True
-
-
-def _unmasked(choices: ChoiceMap) -> ChoiceMap:
-    """The choices as if all were there."""
-    return jax.tree.map(
-        lambda value: value.value if isinstance(value, Masked) else value,
-        choices,
-        is_leaf=lambda value: isinstance(value, Masked),
-    )
 
 
 def _selected(addresses: set[tuple[str, ...]]) -> Selection:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gjflax.combinators.presence import Flags, either, flagged, given, negated, present
 from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.context import current_address
 from gjflax.core.errors import (
@@ -36,14 +37,13 @@ from gjflax.core.errors import (
     ChoiceMapError,
     EnumerationError,
     MissingChoiceError,
-    NotImplementedByGenerativeFunctionError,
     UnvisitedConstraintError,
     nearest,
     show_address,
 )
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.core.interface import is_tracer
-from gjflax.core.masked import has_masked
+from gjflax.core.masked import Masked, both, has_masked, is_masked, with_axes
 from gjflax.core.trace import Trace
 from gjflax.core.typing import Arguments, PRNGKey, Score
 from gjflax.distributions import discrete
@@ -153,7 +153,8 @@ class CustomImportance(Importance, nn.Module):
 
     Attributes:
       proposal: a generative function of the kept choices (a choice map) and the arguments, ``proposal(choices, *args)``,
-        whose choices are the hidden ones, at their addresses. It may have parameters, as an amortised proposal has.
+        whose choices are the hidden ones, at their addresses. It may have parameters, as an amortised proposal has. Where
+        hidden choices may be absent, those of the proposal are absent where they are, or the estimate is NaN.
       num_particles: K, the number of draws.
     """
 
@@ -177,7 +178,9 @@ class CustomImportance(Importance, nn.Module):
         except (MissingChoiceError, UnvisitedConstraintError, ChoiceMapError) as error:
             error.add_note(_PROPOSAL_NOTE)
             raise
-        return score - trace.get_score(), hidden
+        # With all that is there given, this draws nothing: it says what is there.
+        _, (_, run) = marginal.inner.importance(key, choices.merge(hidden), args)
+        return _nan_where_unlike(marginal.hidden_of(run), hidden, score - trace.get_score()), hidden
 
     def weight_of(self, key: PRNGKey, marginal: Any, trace: Trace, args: Arguments) -> Score:
         kept, hidden = marginal.kept_of(trace), marginal.hidden_of(trace)
@@ -203,7 +206,8 @@ class Enumerate(MarginalAlgorithm):
 
     Raises:
       EnumerationError: if the values of a hidden choice are not known, or there are too many combinations.
-      NotImplementedByGenerativeFunctionError: if a hidden choice is one that a branch may leave out.
+
+    A hidden choice that is absent, beyond a length or in a branch that is not taken, has one term, not one for each value.
     """
 
     values: Any = ()
@@ -234,27 +238,33 @@ class Enumerate(MarginalAlgorithm):
     def _sum(self, key: PRNGKey, marginal: Any, trace: Trace, choices: ChoiceMap, args: Arguments) -> Estimate:
         """The sum over the hidden choices, whatever they are in the trace."""
         key, picking = jax.random.split(key)
-        terms, count = self._terms(trace, marginal.hidden_of(trace))
+        hidden_before = marginal.hidden_of(trace)
+        terms, count = self._terms(trace, unmasked(hidden_before))
+        first = jax.tree.map(lambda leaf: leaf[0], terms)
+        may_be_absent = has_masked(hidden_before) or has_masked(choices)
         depends = []
 
-        def term(marginal: Any, hidden: ChoiceMap) -> Score:
-            _, (retval, score) = marginal.inner.assess(key, choices.merge(hidden), args)
-            depends.append(depends_on(hidden, retval))
-            return score
+        def term(marginal: Any, hidden: ChoiceMap) -> tuple[Score, Any]:
+            if not may_be_absent:
+                _, (retval, score) = marginal.inner.assess(key, choices.merge(hidden), args)
+                depends.append(depends_on(hidden, retval))
+                return score, {}
+            # All that is there is given, so the weight is the density.
+            _, (score, run) = marginal.inner.importance(key, choices.merge(hidden), args, strict=False)
+            depends.append(depends_on(hidden, run.get_retval()))
+            flags = {address: flag for address, flag in present(marginal.hidden_of(run)).items() if flag is not True}
+            return jnp.where(_is_first_where_absent(flags, hidden, first), score, -jnp.inf), flags
 
-        scores = marginal.mapped(term, count)(marginal, terms)
+        scores, flags = marginal.mapped(term, count)(marginal, terms)
+        found, flags = _picked(picking, scores, (terms, flags))
         what = "the return value depends on choices that are summed out" if any(depends) else None
-        return Estimate(jax.nn.logsumexp(scores), _picked(picking, scores, terms), what)
+        hidden = flagged(found, {address: flags.get(address, True) for address in found.addresses()})
+        return Estimate(jax.nn.logsumexp(scores), hidden, what)
 
     def _terms(self, trace: Trace, hidden: ChoiceMap) -> tuple[ChoiceMap, int]:
         """All combinations of values of the hidden choices, on a leading axis, and their number."""
         here = current_address()
-        leaves = {address: leaf for address, leaf in trace.leaves() if hidden.has_subtree(address)}
-        if has_masked(hidden):
-            raise NotImplementedByGenerativeFunctionError(
-                f"The Marginal at {show_address(here)} has hidden choices that a branch may leave out, and Enumerate sums "
-                "over choices that are always there. Use DefaultImportance or CustomImportance."
-            )
+        leaves = [(address, leaf) for address, leaf in trace.leaves() if hidden.has_subtree(address)]
         own = dict(self.values)
         for address in own:
             if address not in hidden.addresses():
@@ -268,8 +278,19 @@ class Enumerate(MarginalAlgorithm):
         ranges: dict[int, Any] = {}
         for address in hidden.addresses():
             at = (*here, *address)
-            values = own[address] if address in own else _finite_values(leaves.get(address), at)
-            ranges[positions.get_subtree(address).get_value()] = np.asarray(values)
+            if address in own:
+                each = [np.asarray(own[address])]
+            else:
+                # Branches that share an address have a choice each.
+                each = [_finite_values(leaf, at) for known, leaf in leaves if known == address] or [
+                    _finite_values(None, at)
+                ]
+            if any(len(values) != len(each[0]) for values in each):
+                raise EnumerationError(
+                    f"The choice {show_address(at)} is to be summed out, and it has other values in one branch than in another. "
+                    "Give them different addresses, or use DefaultImportance or CustomImportance."
+                )
+            ranges[positions.get_subtree(address).get_value()] = each[0]
         digits = [len(ranges[i]) for i, array in enumerate(arrays) for _ in range(array.size)]
         count = 1
         for digit in digits:
@@ -289,6 +310,32 @@ class Enumerate(MarginalAlgorithm):
             chosen = ranges[position][each].reshape(count, *array.shape)
             values.append(jnp.asarray(chosen, array.dtype))
         return structure.unflatten(values), count
+
+
+def _nan_where_unlike(hidden: ChoiceMap, proposed: ChoiceMap, weight: Score) -> Score:
+    """The weight of proposed choices, NaN where one of them is absent and the hidden one is not, or the other way round.
+
+    Of a choice that only the proposal makes there is no density by which to divide its own.
+    """
+    if not has_masked(hidden) and not has_masked(proposed):
+        return weight
+    there, drawn = present(hidden), given(hidden, proposed)
+    unlike = [either(both(there[a], negated(drawn[a])), both(negated(there[a]), drawn[a])) for a in there]
+    return jnp.where(jnp.any(jnp.stack([jnp.any(jnp.asarray(flag)) for flag in unlike])), jnp.nan, weight)
+
+
+def unmasked(choices: ChoiceMap) -> ChoiceMap:
+    """The choices as if all were there."""
+    return jax.tree.map(lambda value: value.value if isinstance(value, Masked) else value, choices, is_leaf=is_masked)
+
+
+def _is_first_where_absent(flags: Flags, term: ChoiceMap, first: ChoiceMap) -> Any:
+    """Whether in a term of the sum every choice that is absent has the first of its values, which counts for all."""
+    counts: Any = True
+    for address, flag in flags.items():
+        same = term.get_subtree(address).get_value() == first.get_subtree(address).get_value()
+        counts = counts & jnp.all(with_axes(jnp.asarray(flag), same.ndim) | same)
+    return counts
 
 
 def _finite_values(leaf: Trace | None, at: tuple[Any, ...]) -> Any:
@@ -312,7 +359,7 @@ def depends_on(mapped: Any, tree: Any) -> bool:
     return any(id(leaf._trace) in levels for leaf in jax.tree.leaves(tree) if is_tracer(leaf))
 
 
-def _picked(key: PRNGKey, weights: Any, particles: ChoiceMap) -> ChoiceMap:
+def _picked(key: PRNGKey, weights: Any, particles: Any) -> Any:
     """One of the particles, drawn by their log weights."""
     index = jax.random.categorical(key, jax.lax.stop_gradient(weights))
     return jax.tree.map(lambda leaf: leaf[index], particles)

@@ -105,7 +105,7 @@ class Steps(GenerativeFunction):
 
         keys = jax.random.split(key, plan.length)
         last, (retvals, scores) = self._run(step, plan, args, {"key": keys, "given": given.of_steps})
-        return key, (self._retval(plan, retvals, last), sum_active(scores, plan.active))
+        return key, (self._retval(plan, retvals, last), given.weight(sum_active(scores, plan.active)))
 
     def update(
         self,

@@ -22,6 +22,7 @@ from gjflax.combinators.steps_plan import Plan
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, masked, vector
 from gjflax.core.diff import Change, Diff, no_change, unknown_change
 from gjflax.core.in_place import fence, remember, take_elements, within
+from gjflax.core.indices import nan_where_repeated
 from gjflax.core.masked import where
 from gjflax.core.selection import Selection
 from gjflax.core.trace import canonical, plain, total
@@ -69,7 +70,8 @@ def update_some(
     active = trace.counts(given.indices)
     discard = vector(given.index_field, discard if active is None else masked(discard, active))
     new = _changed(change, trace)
-    return change.key, (owner._retdiff(change, new), change.weight(), new, discard)
+    weight = nan_where_repeated(change.weight(), given.traced)
+    return change.key, (owner._retdiff(change, new), weight, new, discard)
 
 
 def regenerate_some(

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from gjflax.combinators.elements import given_elements, out_of_range
+from gjflax.combinators.elements import checked_weight, given_elements, masked_elements, traced_indices
 from gjflax.combinators.steps_plan import Plan
-from gjflax.core.choice_map import ChoiceMap, VectorChoiceMap, masked
+from gjflax.core.choice_map import ChoiceMap, VectorChoiceMap
 from gjflax.core.context import current_address
 from gjflax.core.errors import ChoiceMapError, show_address
 from gjflax.core.typing import Score
@@ -24,12 +21,13 @@ class StepsGiven:
     Attributes:
       indices: the steps that are given something, None where all are, in order.
       index_field: these, as the choice map that gave them has them.
+      traced: these, where they are not known while tracing; else None.
       choices: the constraints of these steps.
       of_steps: constraints of every step, `Masked` where not every one has them.
     """
 
     def __init__(self, choices: ChoiceMap, plan: Plan):
-        self._plan = plan
+        self._plan, self.traced = plan, traced_indices(choices)
         if isinstance(choices, VectorChoiceMap) and not choices.is_empty() and not choices.covers(plan.length):
             self._check_range(choices.static_indices)
         self.choices, self.indices = given_elements(choices, plan.length)
@@ -40,18 +38,15 @@ class StepsGiven:
     def of_steps(self) -> ChoiceMap:
         if self.indices is None:
             return self.choices
-        flags = self._spread(jnp.ones(self.indices.shape, bool))
-        return masked(jax.tree.map(self._spread, self.choices), flags)
+        return masked_elements(self.choices, self.indices, self._plan.length)
 
     def one_by_one(self) -> list[Any]:
         """The indices, as numbers where they are known while tracing."""
         return [self.indices[i] for i in range(len(self.indices))] if self._static is None else list(self._static)
 
     def weight(self, weight: Score) -> Score:
-        """The weight, NaN where an index that is known only when running is none of a step."""
-        if self.indices is None or self._static is not None:
-            return weight
-        return weight + out_of_range(self.indices, self._plan.length)
+        """The weight, NaN where an index that is known only when running is none of a step, or repeats."""
+        return checked_weight(weight, self.traced, self._plan.length)
 
     def require_all(self) -> None:
         """An error where a step that counts is certainly given nothing."""
@@ -71,10 +66,3 @@ class StepsGiven:
                 f"The choice map gives step {max(indices)} of {show_address(current_address())}, which has {known} steps "
                 "(counted from 0)."
             )
-
-    def _spread(self, leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf)
-        length = self._plan.length
-        # A negative index would count from the end.
-        at = jnp.where(self.indices < 0, length, self.indices)
-        return jnp.zeros((length, *leaf.shape[1:]), leaf.dtype).at[at].set(leaf, mode="drop")

@@ -18,7 +18,7 @@ from gjflax.core.errors import SelectionError, show_address
 from gjflax.core.outline import STEPS, Group, Part
 from gjflax.core.pytree import STATIC
 from gjflax.core.selection import Selection
-from gjflax.core.trace import CallTrace, Trace, leafwise, total
+from gjflax.core.trace import CallTrace, Trace, also_of_template, leafwise, total
 from gjflax.core.typing import Score
 
 
@@ -56,6 +56,7 @@ class StepsTrace(CallTrace):
                 parts.append(sum_active(scores[..., positions], active))
         return total(parts)
 
+    @also_of_template
     def strip(self) -> ChoiceMap:
         return self._vector(self.inner.strip())
 

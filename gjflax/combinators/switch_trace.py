@@ -20,7 +20,7 @@ from gjflax.core.errors import NotImplementedByGenerativeFunctionError, show_add
 from gjflax.core.masked import where
 from gjflax.core.outline import BRANCH, SWITCH, Group, Part
 from gjflax.core.selection import Selection
-from gjflax.core.trace import CallTrace, Trace, total
+from gjflax.core.trace import CallTrace, Trace, also_of_template, total
 from gjflax.core.typing import Score
 
 
@@ -53,6 +53,7 @@ class SwitchTrace(CallTrace):
     def project(self, selection: Selection) -> Score:
         return self._of_taken([branch.project(selection) for branch in self.branches])
 
+    @also_of_template
     def strip(self) -> ChoiceMap:
         return self._union([branch.strip() for branch in self.branches])
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from gjflax.core.errors import ArgumentError
+from gjflax.core.indices import certainly_repeat
 from gjflax.core.pytree import Pytree, static_field
 
 
@@ -58,9 +60,17 @@ class Diff(Pytree):
 
         Args:
           value: the new value, an array or a tree of arrays.
-          indices: which elements, an integer array of one axis without repetitions.
+          indices: which elements, an integer array of one axis without repetitions. Where they are traced and repeat,
+            the weight of an update with them is NaN.
           elements: the new value at these indices, where it is at hand.
+
+        Raises:
+          ArgumentError: if the indices are known and repeat.
         """
+        if certainly_repeat(indices):
+            raise ArgumentError(
+                f"The indices of a `Diff.of_elements` must not repeat; got {indices!r:.80}. Name every element once."
+            )
         if elements is None:
             elements = jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], value)
         return Diff(value, elements_change, indices, elements)

@@ -55,7 +55,7 @@ def take_elements(tree: Any, indices: Any) -> Any:
     """The elements at some indices of the leading axis; what stands at an index out of range is arbitrary."""
     if indices.shape == (1,):
         return jax.tree.map(lambda leaf: _slice(leaf, _clamped(indices, leaf)), tree)
-    return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="clip"), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[indices].get(mode="clip"), tree)
 
 
 def write_elements(full: Any, part: Any, indices: Any, old: Any = None) -> Any:
@@ -73,7 +73,7 @@ def write_elements(full: Any, part: Any, indices: Any, old: Any = None) -> Any:
 
     def write(leaf: Any, new: Any) -> Any:
         # A negative index would count from the end.
-        return leaf.at[jnp.where(indices < 0, leaf.shape[0], indices)].set(new, mode="drop")
+        return jnp.asarray(leaf).at[jnp.where(indices < 0, leaf.shape[0], indices)].set(new, mode="drop")
 
     return jax.tree.map(write, full, part)
 

@@ -10,6 +10,8 @@ Scores are kept part by part and added up when asked for. All methods work on a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,6 +130,20 @@ class Trace(Pytree):
             near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
             raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
         return selected
+
+
+def also_of_template(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A method of a trace, also where its arrays are shapes alone, as ``jax.eval_shape`` makes them: then the result's are.
+
+    Whatever a method computes with arrays needs it. It is what makes the choices of a template a template of the choices.
+    """
+
+    @functools.wraps(method)
+    def either(trace: Any) -> Any:
+        is_template = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trace))
+        return jax.eval_shape(method, trace) if is_template else method(trace)
+
+    return either
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

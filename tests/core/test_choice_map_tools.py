@@ -156,6 +156,42 @@ def test_a_trace_goes_through_a_dict():
     np.testing.assert_array_equal(tr.strip().to_dict(), tr.get_retval())
 
 
+def test_calls_at_computed_keys_go_through_a_dict():
+    """A key that is an array names the element that the same number as a key of the dict does."""
+
+    def there_and_back(tr: Any) -> Any:
+        exact = tr.strip().to_dict(exact=True)
+        back = ChoiceMap.from_dict(exact)
+        assert back == tr.strip() and back.addresses() == tr.strip().addresses()
+        model, args = tr.get_gen_fn(), tr.get_args()
+        np.testing.assert_allclose(model.assess(jax.random.key(1), back, args)[1][1], tr.get_score(), rtol=1e-6)
+        return exact
+
+    one = gjflax.ChoiceAt(Normal)
+    _, tr = one.simulate(jax.random.key(0), (0.0, 1.0, jnp.int32(3)))
+    assert there_and_back(tr) == {3: tr.get_retval()}
+    assert tr.strip() != choice_map({4: tr.get_retval()}) and tr.strip() != choice_map({3: 7.0})
+    each = Map(one, in_axes=(0, None, 0))
+    _, tr = each.simulate(jax.random.key(0), (jnp.zeros(3), 1.0, jnp.array([3, 5, 3])))
+    values = list(tr.get_retval())
+    assert there_and_back(tr) == {range(3): [{3: values[0]}, {5: values[1]}, {3: values[2]}]}
+    assert tr.strip() != choice_map({range(3): [{3: values[0]}, {4: values[1]}, {3: values[2]}]})
+    _, alike = each.simulate(jax.random.key(0), (jnp.zeros(3), 1.0, jnp.array([5, 5, 5])))
+    there_and_back(alike)
+    grid = Map(each, in_axes=(0, None, 0))
+    _, tr = grid.simulate(jax.random.key(0), (jnp.zeros((2, 3)), 1.0, jnp.array([[3, 5, 3], [1, 0, 2]])))
+    there_and_back(tr)
+    # By index, where some elements are there.
+    assert plain(choice_map({4: {1: 0.5}, 2: {3: 1.5}})) == {4: {1: 0.5}, 2: {3: 1.5}}
+    with pytest.raises(ChoiceMapError, match="different addresses"):
+        choice_map({4: {1: 0.5}, 2: {3: 1.5, 1: 2.5}})
+    with pytest.raises(ChoiceMapError, match="one by one, and stands below a range of as many"):
+        choice_map({range(3): [{3: 1.0}, {5: 2.0}]})
+    batch = jax.vmap(lambda key: one.simulate(key, (0.0, 1.0, jnp.int32(3)))[1])(jax.random.split(jax.random.key(0), 2))
+    with pytest.raises(ChoiceMapError, match="a batch of vectors"):
+        batch.strip().to_dict()
+
+
 def test_a_range_is_a_key():
     by_range = choice_map({("y", range(3), "x"): X})
     assert by_range == choice_map({"y": VectorChoiceMap(range(3), {"x": X})}) == choice_map({"y": {range(3): {"x": X}}})

@@ -101,8 +101,9 @@ class ChoiceMap(Pytree):
         """As a nested dict; the value itself where one choice stands at the root.
 
         Args:
-          exact: whether a vector of all elements is told apart from arrays, by a key ``range(n)`` above them. Then
-            `from_dict` gives an equal choice map back. The indices of a vector must be known while tracing.
+          exact: whether a vector of all elements is told apart from arrays, by a key ``range(n)`` above them; or above
+            a list of their dicts, where they have other indices each. Then `from_dict` gives an equal choice map back.
+            The indices of a vector must be known while tracing.
 
         Raises:
           ChoiceMapError: if the indices of a vector are not known while tracing.
@@ -229,9 +230,12 @@ class ChoiceMap(Pytree):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChoiceMap):
             return NotImplemented
-        if jax.tree.structure(self) != jax.tree.structure(other):
+        from gjflax.core.choice_map.index_forms import with_static_indices
+
+        mine, theirs = with_static_indices(self), with_static_indices(other)
+        if jax.tree.structure(mine) != jax.tree.structure(theirs):
             return False
-        leaves, others = (jax.tree.leaves(choices, is_leaf=is_masked) for choices in (self, other))
+        leaves, others = (jax.tree.leaves(choices, is_leaf=is_masked) for choices in (mine, theirs))
         return all(_same(a, b) for a, b in zip(leaves, others, strict=True))
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]

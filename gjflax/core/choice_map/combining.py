@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gjflax.core.choice_map.base import BuiltinChoiceMap, ChoiceMap, EmptyChoiceMap, ValueChoiceMap, by_name
+from gjflax.core.choice_map.index_forms import map_vectors
 from gjflax.core.choice_map.masks import flagged_alike, masked_below
 from gjflax.core.choice_map.vectors import VectorChoiceMap, each_element, vector
 from gjflax.core.errors import ChoiceMapError, show_address
@@ -83,12 +84,24 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
 def _padded(choices: ChoiceMap, like: ChoiceMap, length: int) -> ChoiceMap:
     """The choices of so many elements, with absent ones at the addresses that only the other has."""
     if choices.is_empty():
-        absent = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape[1:]), leaf.dtype), like)
-        return masked_below(absent, jnp.zeros(length, bool), ())
+        return masked_below(_blank(like, length), jnp.zeros(length, bool), ())
     if not isinstance(choices, BuiltinChoiceMap) or not isinstance(like, BuiltinChoiceMap):
         return choices
     names = dict.fromkeys((*choices.names(), *like.names()))
     return by_name({name: _padded(choices.get_submap(name), like.get_submap(name), length) for name in names})
+
+
+def _blank(like: ChoiceMap, length: int) -> ChoiceMap:
+    """Zeros as choices of so many elements; indices of vectors inside are any that do not repeat."""
+
+    def blank(part: VectorChoiceMap) -> ChoiceMap:
+        indices = part.indices
+        if part.static_indices is None:
+            every = jnp.arange(len(part), dtype=indices.dtype)
+            indices = jnp.broadcast_to(every, (length, *indices.shape[1:]))
+        return vector(indices, _blank(part.inner, length))
+
+    return map_vectors(blank, like, lambda leaf: jnp.zeros((length, *jnp.shape(leaf)[1:]), jnp.asarray(leaf).dtype))
 
 
 def _joined(below: ChoiceMap, above: ChoiceMap, kept: Any, shared: Any, under: Any, at: tuple[Any, ...]) -> ChoiceMap:

@@ -1,13 +1,14 @@
 """`choice_map`: choice maps from nested dicts, values and traces.
 
 A key is a name, an index, a range of indices, or a tuple of these; a dict is the union of the choices below its keys. A value
-below ranges has their lengths as leading axes. The choices below indices are stacked, so they have the same addresses.
+below ranges has their lengths as leading axes; or a list below a range gives the elements one by one. The choices of elements
+are stacked, so they have the same addresses.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ import numpy as np
 
 from gjflax.core.choice_map.base import BuiltinChoiceMap, ChoiceMap, EmptyChoiceMap, ValueChoiceMap
 from gjflax.core.choice_map.combining import combine
+from gjflax.core.choice_map.index_forms import with_index_arrays
 from gjflax.core.choice_map.masks import flagged_alike, masked
-from gjflax.core.choice_map.vectors import checked_indices, vector
+from gjflax.core.choice_map.vectors import all_vectors_in, checked_indices, vector
 from gjflax.core.errors import ChoiceMapError
 from gjflax.core.masked import Masked, static_flag
 from gjflax.core.pytree import Pytree
@@ -28,7 +30,8 @@ def choice_map(choices: Any = None) -> ChoiceMap:
     """A choice map from a nested dict, a trace, a value, or a choice map.
 
     Keys are names, indices, or tuples of these; so ``{("y", 3, "pos"): v}`` is the choice ``"pos"`` of element 3
-    of ``"y"``. A range is a key for several elements, whose values have one more leading axis. The key ``()`` is the root.
+    of ``"y"``. A range is a key for several elements, whose values have one more leading axis, or which a list gives one by
+    one, as nested dicts. The key ``()`` is the root.
 
     Raises:
       ChoiceMapError: on keys that are not addresses, that contradict each other, or mix names and indices.
@@ -89,6 +92,8 @@ def _from_mapping(mapping: Mapping[Any, Any], lengths: tuple[int, ...] = ()) -> 
         inside = (*lengths, *(len(component) for component in components if isinstance(component, range)))
         if isinstance(value, Mapping):
             below = _from_mapping(value, inside)
+        elif isinstance(value, list) and any(isinstance(element, Mapping) for element in value):
+            below = _one_by_one(value, inside, key)
         else:
             below = _check_axes(choice_map(value), inside, key)
         axes = len(inside)
@@ -129,12 +134,36 @@ def _below(component: Component | range, choices: ChoiceMap, axes: int) -> Choic
     return _stack({int(component): choices}, axes)
 
 
-def _stack(elements: dict[int, ChoiceMap], axes: int = 0) -> ChoiceMap:
-    parts = flagged_alike(*elements.values(), axes=axes)
-    if len({jax.tree.structure(part) for part in parts}) > 1:
+def _one_by_one(values: list[Any], lengths: tuple[int, ...], key: Any) -> ChoiceMap:
+    """The inner choices of a vector of all elements, of which a list gives each."""
+    components = key if isinstance(key, tuple) else (key,)
+    if not components or not isinstance(components[-1], range) or len(values) != lengths[-1]:
         raise ChoiceMapError(
-            f"The elements {sorted(elements)} of a vector have choices at different addresses. Give each the same; or values "
+            f"A list of dicts gives the elements of a vector, one by one, and stands below a range of as many; got "
+            f"{len(values)} below {key!r}."
+        )
+    around = lengths[:-1]
+    elements = [
+        _from_mapping(value, around) if isinstance(value, Mapping) else _check_axes(choice_map(value), around, key)
+        for value in values
+    ]
+    return _stacked_alike(elements, range(len(elements)), len(around))
+
+
+def _stack(elements: dict[int, ChoiceMap], axes: int = 0) -> ChoiceMap:
+    return vector(checked_indices(tuple(elements)), _stacked_alike(list(elements.values()), elements, axes))
+
+
+def _stacked_alike(parts: list[ChoiceMap], indices: Iterable[int], axes: int) -> ChoiceMap:
+    """The choices of elements as one choice map, with the elements' axis behind those of the ranges around."""
+    parts = flagged_alike(*parts, axes=axes)
+    if len({jax.tree.structure(part) for part in parts}) > 1:
+        # Vectors in them may have other indices each, as many as the others.
+        parts = [with_index_arrays(part, jnp.shape(jax.tree.leaves(part)[0])[:axes]) for part in parts]
+    forms = {(jax.tree.structure(part), *(len(inside) for inside in all_vectors_in(part))) for part in parts}
+    if len(forms) > 1:
+        raise ChoiceMapError(
+            f"The elements {sorted(indices)} of a vector have choices at different addresses. Give each the same; or values "
             "for all elements with flags of those that are there, `Masked(values, flags)`."
         )
-    inner = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves], axes), *parts)
-    return vector(checked_indices(tuple(elements)), inner)
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves], axes), *parts)

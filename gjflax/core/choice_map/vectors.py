@@ -18,11 +18,12 @@ from jax.core import Tracer
 
 from gjflax.core.choice_map.base import BuiltinChoiceMap, ChoiceMap, EmptyChoiceMap, ValueChoiceMap
 from gjflax.core.errors import ChoiceMapError, show_address
+from gjflax.core.indices import certainly_repeat
 from gjflax.core.pytree import Const
 from gjflax.core.selection import Selection
 from gjflax.core.typing import Component
 
-_NO_KEYS = "A vector with traced indices has no dict: its keys are not known."
+_NO_KEYS = "A vector with traced indices, or a batch of vectors with indices each, has no dict: its keys are not known."
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -30,9 +31,10 @@ class VectorChoiceMap(ChoiceMap):
     """Choices of the elements of a vector.
 
     Args:
-      indices: which elements: a range, list, tuple or numpy array of integers, which are checked while tracing, or
-        a JAX array of integers (possibly traced), which cannot be. Of a vector inside of another one the array has the
-        axis of the outer one before its own.
+      indices: which elements: a range, list, tuple or numpy array of integers, which are static, or a JAX array of
+        integers, possibly traced. Of a vector inside of another one the array has the axis of the outer one before its
+        own. Indices must not repeat. Where they are traced and do, the choice map cannot say so: then the weight of
+        what is given it is NaN, as it is where one is out of range.
       inner: a choice map, or nested dict, whose values have the axes of `indices` before their own.
 
     Raises:
@@ -176,13 +178,15 @@ class VectorChoiceMap(ChoiceMap):
         indices = self.known_indices
         if indices is None:
             raise ChoiceMapError(_NO_KEYS)
-        if isinstance(indices, range):
+        own_indices = any(part.static_indices is None for part in all_vectors_in(self.inner))
+        if isinstance(indices, range) and not own_indices:
             return {indices: self.inner._to_exact_dict(axes + 1)}
         before = (slice(None),) * axes
         elements = [
             jax.tree.map(lambda leaf, at=position: leaf[(*before, at)], self.inner) for position in range(len(indices))
         ]
-        return {index: element._to_exact_dict(axes) for index, element in zip(indices, elements, strict=True)}
+        dicts = [element._to_exact_dict(axes) for element in elements]
+        return {indices: dicts} if isinstance(indices, range) else dict(zip(indices, dicts, strict=True))
 
     def _tree_children(self) -> Iterator[tuple[str, Any]]:
         indices = self.static_indices
@@ -229,12 +233,14 @@ def checked_indices(indices: Any) -> Any:
         array = np.asarray(indices)
         if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
             raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
-        if len(set(array.tolist())) != array.size:
+        if certainly_repeat(array):
             raise ChoiceMapError(f"Indices must not repeat; got {array.tolist()}.")
         if array.size and array.min() < 0:
             raise ChoiceMapError(f"Indices count from 0; got {array.tolist()}.")
         return Const(tuple(array.tolist()))
     if isinstance(indices, jax.Array) and jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1:
+        if certainly_repeat(indices):
+            raise ChoiceMapError(f"Indices must not repeat; got {np.asarray(indices).tolist()}.")
         return indices
     raise ChoiceMapError(f"Indices are integers in one dimension; got {indices!r}.")
 
@@ -246,6 +252,13 @@ def _vectors_in(choices: ChoiceMap) -> Iterator[VectorChoiceMap]:
     else:
         for name in choices.names():
             yield from _vectors_in(choices.get_submap(name))
+
+
+def all_vectors_in(choices: ChoiceMap) -> Iterator[VectorChoiceMap]:
+    """The vectors in these choices, and in one another."""
+    for part in _vectors_in(choices):
+        yield part
+        yield from all_vectors_in(part.inner)
 
 
 def _is_full(choices: ChoiceMap) -> bool:
