@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import errors as flax_errors
 from jax.core import Tracer
@@ -115,9 +116,21 @@ CHANGES = ("update", "regenerate")
 """The methods that change a trace."""
 
 
-def _has_no_variables(scope: Any) -> bool:
-    """Whether there are no variables at all, so that none can have changed."""
-    return not scope.is_mutable_collection("params") and not jax.tree.leaves(dict(scope.root.variables()))
+def _has_no_variables(module: Any) -> bool:
+    """Whether there are no variables at all that a bound module may read, so that none can have changed.
+
+    Inside a lifted transformation each scope that was lifted is a root of its own, and a combinator that was made inline
+    has a scope without variables: those of what it combines stand beside it. So every scope counts that Flax would lift.
+    """
+    scope = module.scope
+    if scope.is_mutable_collection("params") or _holds_variables(scope.root):
+        return False
+    roots = {id(part.root): part.root for part in nn.transforms.get_module_scopes(module)[0]}
+    return not any(map(_holds_variables, roots.values()))
+
+
+def _holds_variables(root: Any) -> bool:
+    return bool(jax.tree.leaves(dict(root.variables())))
 
 
 def interface_method(function: Callable[..., Any], like: str | None = None) -> Callable[..., Any]:
@@ -165,7 +178,7 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         if has_key:
             values["key"] = typed_key(given["key"])
         if changes and self.scope is not None and values.get("param_diff", unknown_change) is unknown_change:
-            if _has_no_variables(self.scope):
+            if _has_no_variables(self):
                 values["param_diff"] = no_change
         positional = [values.pop(parameter) for parameter in parameters]
         if runs_body and self.needs_variables and self.scope is None:
