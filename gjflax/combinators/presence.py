@@ -97,8 +97,7 @@ def only(choices: ChoiceMap, addresses: Iterable[tuple[str, ...]]) -> ChoiceMap:
 
 def given(choices: ChoiceMap, constraints: ChoiceMap) -> Flags:
     """Whether each of the choices is constrained, or there among other choices, which are at their addresses."""
-    absent = {address: jnp.zeros((), bool) for address in choices.addresses()}
-    found = present(flagged(choices, absent).overwrite(_at_indices_of(choices, constraints)))
+    found = present(_overwritten(choices, constraints))
 
     def known(address: tuple[str, ...]) -> Flag:
         here = constraints.get_subtree(address)
@@ -106,7 +105,22 @@ def given(choices: ChoiceMap, constraints: ChoiceMap) -> Flags:
             return False
         return True if _every_one_given(choices.get_subtree(address), here) else found[address]
 
-    return {address: known(address) for address in absent}
+    return {address: known(address) for address in choices.addresses()}
+
+
+def _overwritten(choices: ChoiceMap, constraints: ChoiceMap) -> ChoiceMap:
+    """The choices, there by no flags but those of the constraints, which are at their addresses.
+
+    Indices that are not known while tracing may be one for each element of a vector; so each element is overwritten alone.
+    """
+    if isinstance(choices, VectorChoiceMap) and isinstance(constraints, VectorChoiceMap):
+        if choices.static_indices is not None and choices.indices == constraints.indices and has_vector(choices.inner):
+            return vector(choices.indices, jax.vmap(_overwritten)(choices.inner, constraints.inner))
+    elif not any(isinstance(part, (ValueChoiceMap, VectorChoiceMap)) for part in (choices, constraints)):
+        parts = {name: (choices.get_submap(name), constraints.get_submap(name)) for name in choices.names()}
+        return by_name({name: _overwritten(part, given) for name, (part, given) in parts.items()})
+    absent = {address: jnp.zeros((), bool) for address in choices.addresses()}
+    return flagged(choices, absent).overwrite(_at_indices_of(choices, constraints))
 
 
 def _every_one_given(choices: ChoiceMap, constraints: ChoiceMap) -> bool:
@@ -123,8 +137,6 @@ def _at_indices_of(choices: ChoiceMap, constraints: ChoiceMap) -> ChoiceMap:
     """The constraints, those of a vector whose indices are not known while tracing at these alone."""
     if isinstance(choices, VectorChoiceMap) and isinstance(constraints, VectorChoiceMap):
         if choices.static_indices is not None:
-            if choices.indices == constraints.indices and has_vector(choices.inner):
-                return vector(choices.indices, jax.vmap(_at_indices_of)(choices.inner, constraints.inner))
             return constraints
         positions, there = constraints.find(choices.indices)
         here = jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], constraints.inner)

@@ -666,6 +666,36 @@ def test_in_a_branch():
 
 
 @slow
+@pytest.mark.parametrize("moved", [False, True])
+def test_calls_of_the_steps_of_a_scan_in_a_branch(moved: bool):
+    """Each step has a key of its own, which is not known while tracing: a branch left gives all of them up."""
+
+    @gen
+    def step(carry: Any, key: Any):
+        return carry + trace("call", ChoiceAt(Normal))(carry, 1.0, key), ()
+
+    chain = gen(lambda keys: trace("steps", gjflax.Scan(step))(0.5, keys)[0])
+    model = gjflax.Cond(chain, gen(lambda keys: trace("other", Normal)(0.0, 2.0)))
+    keys, values = jnp.array([4, 0, 7]), np.array([0.2, -0.4, 1.5])
+    given = choice_map({("steps", i, "call", int(k)): v for i, (k, v) in enumerate(zip(keys, values, strict=True))})
+    _, (_, old) = model.importance(KEYS[0], given, (True, keys))
+    score = norm(values, 0.5 + np.cumsum(values) - values, 1.0).sum()
+    np.testing.assert_allclose(old.get_score(), score, rtol=1e-5)
+
+    new_args = (jnp.array(not moved), keys)
+    _, (_, weight, new, discard) = jax.jit(
+        lambda tr: model.update(KEYS[1], tr, {"other": 0.3} if moved else {}, new_args)
+    )(old)
+    np.testing.assert_allclose(weight, norm(0.3, 0.0, 2.0) - score if moved else 0.0, rtol=1e-5, atol=1e-6)
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        gone = discard["steps", i, "call", int(key)]
+        assert bool(gone.flag) == moved
+        np.testing.assert_allclose(gone.value, value, rtol=1e-6)
+    _, (_, back, again, _) = model.update(KEYS[2], new, discard, (True, keys))
+    np.testing.assert_allclose(back, -weight, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(again.get_score(), score, rtol=1e-5)
+
+
 def test_behind_a_mask():
     model = Mask(ChoiceAt(Normal))
     _, before = model.simulate(KEYS[0], (True, 0.0, 1.0, jnp.int32(3)))
