@@ -21,8 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jax.extend.core import Literal
 
+from gjflax.core.lifting import SOWN
 from gjflax.core.pytree import Pytree
 from gjflax.core.trace import canonical, plain
 from gjflax.language import handlers
@@ -175,7 +177,10 @@ def _analyse(module: Any, structure: Any, shapes: Any, streams: tuple[str, ...])
             handler = Stage(jax.random.key(0), retvals)
             return handlers.run_body(bound, handler, as_given(args))
 
-        result, _ = nn.apply(run, module, mutable=True)(variables, rngs=keys)
+        result, after = nn.apply(run, module, mutable=True)(variables, rngs=keys)
+        if not _names(after) <= _names(variables):
+            # A module of another scope, in a field: it would read its initial variables, which depend on nothing.
+            raise UnstagedError
         return result
 
     try:
@@ -201,6 +206,12 @@ def _analyse(module: Any, structure: Any, shapes: Any, streams: tuple[str, ...])
     order = {name: position for position, name in enumerate(_order(of_arguments))}
     ordered = sorted(of_arguments, key=order.__getitem__)
     return Dependencies({tuple(name.split("/")): of_arguments[name] for name in ordered}, of_retval)
+
+
+def _names(variables: Mapping[str, Any]) -> set[str]:
+    """The variables by name, without what is sown."""
+    kept = {name: collection for name, collection in variables.items() if name not in SOWN}
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(unfreeze(kept))[0]}
 
 
 def _order(arguments: Mapping[str, tuple[Dependency, ...]]) -> list[str]:
