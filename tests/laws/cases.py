@@ -355,6 +355,22 @@ def _twice_terms(c, a, p):
 
 twice = Case("shared and free networks", Twice(), (_x,), (_x - 0.7,), _twice_terms, length=2, mapped=("free",))
 
+
+class Inner(GenModule):
+    """A network in two maps that are made inline, without a choice of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return trace("y", Normal)(trace("means", Map(Map(FlaxModule(nn.Dense(2)))))(x), 0.5)
+
+
+def _inner_terms(c, a, p):
+    return {("y",): normal(c["y",], a[0] @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], 0.5)}
+
+
+_xss = jnp.stack([_xs[:2], _xs[2:] / 2])
+network_in_maps = Case("network in maps inline", Inner(), (_xss,), (_xss - 0.7,), _inner_terms)
+
 # Learned arguments ---------------------------------------------------------------------------------------------------
 
 
@@ -684,6 +700,7 @@ CASES = [
     mapped_network,
     own_parameters,
     twice,
+    network_in_maps,
     learned,
     mapped_learned,
     learned_network,
@@ -739,5 +756,5 @@ def _each(quick: tuple[Case, ...]) -> Any:
 each_case = _each(QUICK)
 """A law for every case."""
 
-each_case_with_parameters = _each((chain, network, learned, mapped_learned))
+each_case_with_parameters = _each((chain, network, network_in_maps, learned, mapped_learned))
 """A law for every case, which has little to say of those without parameters: by default it runs for one of these."""

@@ -118,6 +118,26 @@ def test_update_weighs_the_difference(case: Case):
         assert types(new) == types(trace), "update changed the types of a trace, which cannot be a scan's carry"
 
 
+@each_case_with_parameters
+def test_changed_parameters_are_one_more_argument(case: Case):
+    """Nothing is said of them, so they count as changed; all arguments are said to be the same."""
+    _, trace, other = two_traces(case)
+    variables = case.variables()
+    params = jax.tree.map(lambda leaf: leaf + 0.25, variables.get("params", {}))
+    model = case.gen_fn.bind({**variables, "params": params})
+    diffs, before = tuple(map(Diff.no_change, case.args)), total(case.oracle(trace.strip()))
+    for chosen in ([], trace.strip().addresses()[:1]):
+        new_values = only(other.strip(), chosen)
+        _, (_, weight, new, _) = model.update(KEYS[2], trace, new_values, diffs)
+        after = total(case.oracle(trace.strip().overwrite(new_values), params=params))
+        close(weight, after - before)
+        close(new.get_score(), after)
+    _, (_, weight, new) = model.regenerate(KEYS[2], trace, gjflax.NoneSelection(), diffs)
+    after = total(case.oracle(trace.strip(), params=params))
+    close(weight, after - before)
+    close(new.get_score(), after)
+
+
 @each_case
 def test_discard_is_the_inverse(case: Case):
     model, trace, other = two_traces(case)
