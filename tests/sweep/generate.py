@@ -203,7 +203,8 @@ class Writer:
         name = self.fresh("v")
         address = (name,) if self.decide(6) < 5 else (name, "w")
         args = tuple(self.expression(kind, known) for kind in callee.inputs)
-        return Call(name, address, callee, args, part)
+        is_inline = part is None and callee.has_parameters and self.decide(2) == 1
+        return Call(name, address, callee, args, part, is_inline)
 
     # Types and values -----------------------------------------------------------------------------------------------
 

@@ -192,13 +192,22 @@ class Leaf(Node):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A statement ``name = trace(address, callee)(*args)``. With `part` the callee is a part of the module."""
+    """A statement ``name = trace(address, callee)(*args)``. With `part` the callee is a part of the module.
+
+    With `is_inline` the body makes the callee, and all modules in it, as it runs: they are the body's own submodules.
+    """
 
     name: str
     address: Address
     callee: Node
     args: tuple[Expression, ...]
     part: str | None = None
+    is_inline: bool = False
+
+    @property
+    def path(self) -> str:
+        """Where the callee's parameters stand."""
+        return self.part or "_".join(self.address)
 
     @property
     def output(self) -> Type:
@@ -214,6 +223,8 @@ class Call:
         callee = self.callee.show(printer)
         if self.part is not None:
             callee = f"self.{self.part}"
+        if self.is_inline:
+            callee = f"inline({callee})"
         args = ", ".join(arg.show() for arg in self.args)
         called = f"trace({address}, {callee})({args})"
         return f"{self.name} = {f'unmasked({called})' if self.is_unmasked else called}"
@@ -233,6 +244,42 @@ class Layer:
 
     def show(self, printer: Printer) -> str:
         return f"{self.name} = jnp.tanh(nn.Dense({self.features})({self.of.show()}))"
+
+
+_BELOW = "__"
+
+
+def made_inline(module: Any, path: str) -> Any:
+    """A copy of a free module that belongs to the module that runs, as do all in it: each has a path as its name."""
+
+    def copy(value: Any, name: str) -> Any:
+        if isinstance(value, nn.Module):
+            return made_inline(value, name)
+        if isinstance(value, tuple):
+            return tuple(copy(part, f"{name}_{number}") for number, part in enumerate(value))
+        if isinstance(value, Mapping):
+            return {key: copy(part, f"{name}_{key}") for key, part in value.items()}
+        return value
+
+    names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    fields = {name: copy(getattr(module, name), f"{path}{_BELOW}{name}") for name in names}
+    return type(module)(**fields, name=path)
+
+
+def parameters_below(params: Any, path: str) -> Any:
+    """The parameters of a callee as they stand where it is free, of one that was made inline.
+
+    A combinator of one function stands for that: ``inner`` is no level of the parameters.
+    """
+    below: dict[str, Any] = {}
+    for name, own in params.items():
+        if name != path and not name.startswith(path + _BELOW):
+            continue
+        level = below
+        for part in name.split(_BELOW)[1:]:
+            level = level if part == "inner" else level.setdefault(part, {})
+        level.update(own)
+    return below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +337,8 @@ class Body(Node):
                 values[statement.name] = nn.tanh(nn.Dense(statement.features, param_dtype=x.dtype)(x))
             else:
                 callee = built(statement.callee) if statement.part is None else getattr(module, statement.part)
+                if statement.is_inline:
+                    callee = made_inline(callee, statement.path)
                 arguments = [arg.evaluate(values, Jax) for arg in statement.args]
                 address: Any = statement.address if len(statement.address) > 1 else next(iter(statement.address))
                 result = gjflax.trace(address, callee)(*arguments)
@@ -306,9 +355,8 @@ class Body(Node):
                 x = statement.of.evaluate(values, Float64)
                 values[statement.name] = np.tanh(x @ layer["kernel"] + layer["bias"])
             else:
-                path = statement.part or "_".join(statement.address)
                 arguments = tuple(arg.evaluate(values, Float64) for arg in statement.args)
-                below = params.get(path, {})
+                below = parameters_below(params, statement.path)
                 result = statement.callee.run(world, (*at, *statement.address), arguments, below)
                 values[statement.name] = ex.unmasked(result) if statement.is_unmasked else result
         return self.returned.evaluate(values, Float64)
