@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import errors as flax_errors
+from flax.core.scope import in_filter, union_filters
 
 from gjflax.core.choice_map import ChoiceMap, choice_map
 from gjflax.core.context import estimates
@@ -419,11 +420,23 @@ class GenerativeFunction(nn.Module):
             rngs = {name: self.make_rng(name) for name in self.scope.rngs} if untraced == "allow" else {}
         variables.update(others or {})
 
+        def assess(used: Mapping[str, Any], mutable: Any, *inputs: Any) -> Any:
+            # Mutable collections are read, and what a density evaluation would write to them is dropped.
+            try:
+                result: Any = module.apply(used, *inputs, method="assess", rngs=rngs, mutable=mutable)
+            except flax_errors.ModifyScopeVariableError:
+                states = tuple(name for name in used if name != "params")
+                if all(in_filter(mutable, name) for name in states):
+                    raise
+                # A network in training mode writes as it computes: to what it was given, but never to its parameters.
+                return assess(used, union_filters(mutable, states), *inputs)
+            return result if mutable is False else result[0]
+
         def evaluate(params: Any, key: PRNGKey, choices: ChoiceMap, args: Arguments) -> tuple[Any, Score]:
             used = variables if params is None else {**variables, "params": params}
             try:
                 with estimates() as noted:
-                    result = module.apply(used, key, choices, args, method="assess", rngs=rngs, mutable=mutable)
+                    output = assess(used, mutable, key, choices, args)
             except (flax_errors.InvalidRngError, MissingStreamError) as error:
                 raise UntracedRandomnessError(
                     "The body draws randomness that is not a choice, from an rng stream that is not supplied here: "
@@ -444,8 +457,6 @@ class GenerativeFunction(nn.Module):
                     "its logarithm is biased. Use an exact algorithm, keep the choices that are integrated out, or accept "
                     'the bias with untraced="allow".'
                 )
-            # Mutable collections are read, and what a density evaluation would write to them is dropped.
-            output: Any = result if mutable is False else result[0]
             return output[1]
 
         return evaluate
