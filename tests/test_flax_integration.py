@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.errors import ModifyScopeVariableError
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec
 
@@ -126,6 +127,46 @@ def test_densities_and_gradients_read_statistics_and_write_none():
     h = (x - x.mean(axis=0)[None]) / jnp.sqrt(x.var(axis=0)[None] + 1e-5)
     want = norm(tr["y"], h @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"][None])
     close((one, two), (want, want))
+
+
+def test_gradients_in_training_mode_need_no_mutable_collection():
+    """A module that is bound read-only, whose network writes statistics: the density uses those of the batch."""
+    x = jnp.arange(12.0).reshape(4, 3) ** 1.5
+    model = Normalised()
+    variables = model.init(KEY, x)
+    p, bound = variables["params"], model.bind(variables)
+    (_, tr), _ = model.apply(variables, KEY, (x,), method="simulate", mutable=["batch_stats"])
+
+    def density(params, y, x):
+        h = (x - x.mean(axis=0)[None]) / jnp.sqrt(x.var(axis=0)[None] + 1e-5)
+        layers = params["Dense_0"], params["BatchNorm_0"]
+        h = h * layers[1]["scale"][None] + layers[1]["bias"][None]
+        return norm(y, h @ layers[0]["kernel"] + layers[0]["bias"][None])
+
+    of_params, of_y, of_x = jax.grad(density, argnums=(0, 1, 2))(p, tr["y"], x)
+    close(bound.score_params(KEY, tr, p)[1], density(p, tr["y"], x))
+    close(bound.param_grad(KEY, tr, p)[1], of_params)
+    close(bound.choice_grad(KEY, tr, select("y"))[1]["y"], of_y)
+    close(bound.arg_grad(KEY, tr)[1], of_x)
+    close(bound.unzip(KEY, {})[1](tr.strip(), x), density(p, tr["y"], x))
+    close(bound.variables, variables)
+
+
+class Writes(GenModule):
+    """A body that writes its own parameter, which no gradient may do behind its caller's back."""
+
+    @nn.compact
+    def __call__(self):
+        loc = self.variable("params", "loc", lambda: jnp.zeros(()))
+        loc.value = loc.value + 1.0
+        return trace("y", Normal)(loc.value, 1.0)
+
+
+def test_gradients_write_no_parameters():
+    variables = Writes().init(KEY)
+    (_, tr), _ = Writes().apply(variables, KEY, (), method="simulate", mutable=["params"])
+    with pytest.raises(ModifyScopeVariableError, match="params"):
+        Writes().bind(variables).choice_grad(KEY, tr, select("y"))
 
 
 def test_dropout_draws_from_its_stream():
@@ -389,6 +430,26 @@ def test_vmap_of_a_method_by_its_user(variables: Any):
     made = Layers().init(KEY, X)
     assert made["params"]["Dense_0"]["kernel"].shape == (3, 5, 4)
     assert Layers().apply(made, X, rngs={"choice": KEY}).shape == (3, 2)
+    by_methods = nn.vmap(Network, in_axes=(0, 0, None), methods=["assess"], **options)
+    _, (_, scores) = by_methods().apply(variables, keys, want.strip(), (X,), method="assess")
+    close(scores, want.get_score())
+
+
+@pytest.mark.parametrize("outer", [lambda lifted: lifted, nn.remat], ids=["alone", "under remat"])
+def test_a_body_under_vmap_or_scan_has_no_addresses_for_its_elements(variables: Any, outer: Any):
+    """Not in a body, not at the root: with a mapped argument it would not run, and without one its score would have an axis."""
+    options = {"split_rngs": {"params": False, "choice": True}}
+    Mapped = nn.vmap(Network, in_axes=0, variable_axes={"params": None}, **options)
+    Repeated = nn.vmap(Network, in_axes=None, axis_size=3, variable_axes={"params": None}, **options)
+    Scanned = nn.scan(Network, variable_broadcast="params", **options)
+    for kind, args, by in ((Mapped, (XS,), "vmap"), (Repeated, (X,), "vmap"), (Scanned, (X, XS), "scan")):
+        lifted = outer(kind)()
+        with pytest.raises(gjflax.TraceTransformError, match=f"root is a body under nn.{by}.*`(Map|Scan)"):
+            lifted.apply(variables, KEY, args, method="simulate")
+        with pytest.raises(gjflax.TraceTransformError, match=f'at "part" is a body under nn.{by}.*methods='):
+            gen(lambda *args, lifted=lifted: trace("part", lifted)(*args)).init(KEY, *args)
+    layer = outer(Mapped)().apply(variables, XS, rngs={"choice": KEY})
+    assert layer.shape == (4, 2)
 
 
 def test_scan_over_a_method_by_its_user(variables: Any):

@@ -71,10 +71,11 @@ class TraceContextError(GJFlaxError, RuntimeError):
 
 
 class TraceTransformError(GJFlaxError, RuntimeError):
-    """`trace` was called inside a JAX transformation that the generative function's body started.
+    """`trace` was called inside a JAX transformation that the generative function's body started, or its body runs under one.
 
     A choice made inside a raw ``jax.lax.scan``, ``jax.vmap``, ``jax.lax.cond``, ``jax.jit`` or ``jax.grad``
-    cannot leave it. Make the mapped or looped code a generative function of its own and use a combinator.
+    cannot leave it, nor one of a class made by ``nn.vmap`` or ``nn.scan``. Make the mapped or looped code a generative
+    function of its own and use a combinator.
     """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,19 @@ SOWN = ("intermediates", "diagnostics")
 def is_lifted(function: Any) -> bool:
     """Whether this is a method that ``nn.remat``, ``nn.vmap`` or another transformation made of a class's own."""
     return getattr(function, "__globals__", {}).get("__name__") == nn.transforms.__name__
+
+
+def mapping_of(function: Any) -> str | None:
+    """By what of ``nn.vmap`` and ``nn.scan`` a method runs many times, also below another transformation; None if it does not.
+
+    Flax keeps the transformation in the method's closure alone.
+    """
+    while is_lifted(function):
+        transform = inspect.getclosurevars(function).nonlocals.get("transform")
+        if getattr(transform, "__name__", None) in ("vmap", "scan"):
+            return f"nn.{getattr(transform, '__name__', '')}"
+        function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def share_inner_scope(module: Any) -> None:

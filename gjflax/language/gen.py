@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ from gjflax.core.errors import (
     show_address,
 )
 from gjflax.core.generative_function import GenerativeFunction
-from gjflax.core.lifting import is_lifted
+from gjflax.core.lifting import is_lifted, mapping_of
 from gjflax.core.outline import Part
 from gjflax.core.selection import Selection
 from gjflax.core.trace import CallTrace, Trace, canonical, plain, total
@@ -375,10 +375,14 @@ class GenModule(GenerativeFunction):
     body_is_lifted = False
     """Whether the class was made by a lifted transformation of another, such as ``nn.remat(Model)``."""
 
+    body_is_mapped_by: ClassVar[str | None] = None
+    """The lifted transformation that runs the body many times, where there is one: ``nn.vmap(Model)``."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         call = cls.__dict__.get("__call__")
         if call is not None:
             cls.body_is_lifted = hasattr(call, "is_body") and is_lifted(call)
+            cls.body_is_mapped_by = mapping_of(call) if cls.body_is_lifted else None
             if not cls.body_is_lifted:
                 cls.__call__ = _as_body(call)  # pyright: ignore[reportAttributeAccessIssue]
         super().__init_subclass__(**kwargs)

@@ -22,7 +22,13 @@ import jax.numpy as jnp
 from gjflax.core.choice_map import ChoiceMap, EmptyChoiceMap, choice_map
 from gjflax.core.context import current_address, running, shown
 from gjflax.core.diff import Change, unknown_change
-from gjflax.core.errors import DuplicateAddressError, UnvisitedConstraintError, nearest, show_address
+from gjflax.core.errors import (
+    DuplicateAddressError,
+    TraceTransformError,
+    UnvisitedConstraintError,
+    nearest,
+    show_address,
+)
 from gjflax.core.keys import KeySource
 from gjflax.core.pytree import Pytree, static_field
 from gjflax.core.trace import canonical, total
@@ -82,6 +88,8 @@ class Handler(Pytree):
 
 def run_body(module: Any, handler: Handler, args: Arguments) -> tuple[Any, Any]:
     """Run a module's body under a handler: its return value, and the handler's outcome."""
+    if type(module).body_is_mapped_by is not None:
+        raise TraceTransformError(_mapped(type(module)))
     if type(module).body_is_lifted:
         # The transformation lets values through only as arguments and results; so goes the handler.
         # Outside of jit it gives constants back as NumPy-like arrays, which would be another type to `jax.jit`.
@@ -90,6 +98,17 @@ def run_body(module: Any, handler: Handler, args: Arguments) -> tuple[Any, Any]:
     with running(module, handler):
         retval = module(*args)
         return canonical(retval), handler.outcome()
+
+
+def _mapped(kind: Any) -> str:
+    name, by = kind.__name__, kind.body_is_mapped_by
+    combinator = "Map" if by == "nn.vmap" else "Scan"
+    return (
+        f"`{name}` at {show_address(current_address())} is a body under {by}: its choices would have an axis more than their "
+        f"addresses say. Write `{combinator}(Model())`, which has the parameters of `Model()` and takes `variable_axes` and "
+        f"`split_rngs`; or lift the methods of the interface, `{by}(Model, methods=['simulate', 'assess'], ...)`, with a key "
+        f"for each element. As a layer, by `__call__`, `{name}` may be used as it is."
+    )
 
 
 def check_visited(choices: ChoiceMap, visited: dict[Path, Any], strict: bool) -> None:
