@@ -633,6 +633,8 @@ ROWS = [
         for name, call in {
             "choice_grad": lambda key: pair.choice_grad(key, of(pair), select(("left", "niose"))),
             "unconstrain": lambda key: pair.unconstrain(of(pair), select(("left", "niose"))),
+            "regenerate": lambda key: pair.regenerate(key, of(pair), select(("left", "niose")), ()),
+            "project": lambda key: pair.project(key, of(pair), select(("left", "niose"))),
         }.items()
     ),
     Row(

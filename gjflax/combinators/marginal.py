@@ -103,6 +103,10 @@ class MarginalTrace(Trace):
     inner: Trace
     score: Any
 
+    @property
+    def hides_choices(self) -> bool:
+        return True
+
     def get_gen_fn(self) -> Any:
         return self.gen_fn
 

@@ -3,7 +3,8 @@
 Only error messages and `trace` read it. A body pushes a frame when it starts and pops it when it ends, also by an
 exception; every thread has a stack of its own.
 
-Beside it, what is noted while a density is traced: where it is only estimated (`note_estimate`, `estimates`).
+Beside it, what is noted while a method of the interface runs: where a density is only estimated (`note_estimate`,
+`estimates`).
 """
 
 from __future__ import annotations
@@ -152,6 +153,11 @@ def note_estimate(randomness: str) -> None:
     """
     for noted in _stack.estimates:
         noted.append(Estimate(current_address(), randomness))
+
+
+def is_outermost() -> bool:
+    """Whether nothing of the interface runs in this thread: a method that is called here is called by a user."""
+    return not _stack.frames and not _stack.estimates
 
 
 @contextlib.contextmanager

@@ -167,6 +167,9 @@ class GenerativeFunction(nn.Module):
         The weight is log p(t')/p(t) + log q(old selected)/q(new selected), the log acceptance ratio of the
         Metropolis-Hastings move that proposes so: kept choices contribute their new minus their old score, and
         choices redrawn, new or gone contribute nothing.
+
+        Raises:
+          SelectionError: if the selection names addresses, and none is one of a choice of the old or the new trace.
         """
         raise self._lacks("regenerate")
 
@@ -197,7 +200,11 @@ class GenerativeFunction(nn.Module):
 
     @nn.nowrap
     def project(self, key: PRNGKey, trace: Trace, selection: Any) -> tuple[PRNGKey, Score]:
-        """The selected choices' share of a trace's score: ``key, weight``."""
+        """The selected choices' share of a trace's score: ``key, weight``.
+
+        Raises:
+          SelectionError: if the selection names addresses, and none is one of a choice of the trace.
+        """
         return key, trace.project(selection)
 
     @nn.nowrap

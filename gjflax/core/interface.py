@@ -14,16 +14,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import errors as flax_errors
 from jax.core import Tracer
 
 from gjflax.core.choice_map import choice_map
-from gjflax.core.context import current_address, estimates, top_frame
-from gjflax.core.diff import Change, no_change, unknown_change
+from gjflax.core.context import current_address, estimates, is_outermost, top_frame
+from gjflax.core.diff import Change, Diff, no_change, unknown_change
 from gjflax.core.errors import ArgumentError, UnboundParametersError, show_address
 from gjflax.core.keys import after, is_typed_key, like_key, typed_key
 from gjflax.core.selection import Selection, select
-from gjflax.core.trace import Trace
+from gjflax.core.trace import Trace, require_named
 
 
 def _arguments(name: str, value: Any) -> tuple[Any, ...]:
@@ -116,6 +117,33 @@ CHANGES = ("update", "regenerate")
 """The methods that change a trace."""
 
 
+SELECTS = ("regenerate", "project")
+"""The methods that take a selection which may select nothing."""
+
+
+def _check_named(values: Mapping[str, Any], result: Any) -> None:
+    """An error where a user's selection names what is certainly no choice.
+
+    A number of Python, or what is no number at all, may decide which choices a body has; then an address may be one of
+    other arguments. A trace stores such a number as a scalar of integers or booleans.
+    """
+    trace = values["trace"]
+    args = trace.get_args() if "argdiffs" not in values else Diff.primal(values["argdiffs"])
+    traces = [trace] if "argdiffs" not in values else [trace, result[1][2]]
+    stored = "argdiffs" not in values
+    if not any(_may_be_structure(leaf, stored) for leaf in jax.tree.leaves(args)):
+        require_named(values["selection"], traces)
+
+
+def _may_be_structure(leaf: Any, stored: bool) -> bool:
+    if isinstance(leaf, (float, complex)):
+        return False
+    if isinstance(leaf, int) or not hasattr(leaf, "dtype"):
+        return True
+    is_number = jnp.issubdtype(leaf.dtype, jnp.inexact) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return stored and leaf.ndim == 0 and not is_number
+
+
 def _has_no_variables(module: Any) -> bool:
     """Whether there are no variables at all that a bound module may read, so that none can have changed.
 
@@ -149,6 +177,7 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
     parameters = PARAMETERS[like or name]
     has_key = parameters[0] == "key"
     runs_body, changes = (like or name) in RUNS_BODY, (like or name) in CHANGES
+    selects = (like or name) in SELECTS
     declared = zip(parameters, list(inspect.signature(function).parameters.values())[1:], strict=False)
     defaults = {name: parameter.default for name, parameter in declared if parameter.default is not parameter.empty}
 
@@ -180,6 +209,7 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
         if changes and self.scope is not None and values.get("param_diff", unknown_change) is unknown_change:
             if _has_no_variables(self):
                 values["param_diff"] = no_change
+        entered = dict(values) if selects and is_outermost() else None
         positional = [values.pop(parameter) for parameter in parameters]
         if runs_body and self.needs_variables and self.scope is None:
             result = _enter_unbound(self, name, given, positional, values)
@@ -189,6 +219,8 @@ def interface_method(function: Callable[..., Any], like: str | None = None) -> C
             if noted and has_key and result[0] is positional[0]:
                 # A density that was estimated has used the key, though what stands around the estimate did not see it.
                 result = (after(result[0]), *result[1:])
+        if entered is not None:
+            _check_named(entered, result)
         if has_key and not is_typed_key(given["key"]):
             result = (like_key(result[0], given["key"]), *result[1:])
         return result

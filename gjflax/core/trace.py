@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,11 @@ class Trace(Pytree):
         """Of a trace that gives no single choices: whether some count more than once, for a batch's population."""
         return False
 
+    @property
+    def hides_choices(self) -> bool:
+        """Whether its program has choices that are not among those of the trace: they are integrated out."""
+        return False
+
     def get_subtree(self, address: Address) -> Any:
         """The trace, or the choices, below an address."""
         return self.strip().get_subtree(address)
@@ -125,10 +130,7 @@ class Trace(Pytree):
         choices = self.strip()
         selected = choices.filter(selection)
         if selected.is_empty():
-            wanted = selection.addresses
-            asked = ", ".join(show_address(part) for part in wanted) or "nothing"
-            near = nearest(wanted[0], choices.addresses()) if wanted else nearest("", choices.addresses())
-            raise SelectionError(f"The selection ({asked}) selects no choice of this trace. {near}")
+            raise SelectionError(_selects_nothing(selection, choices.addresses()))
         return selected
 
 
@@ -144,6 +146,48 @@ def also_of_template(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return jax.eval_shape(method, trace) if is_template else method(trace)
 
     return either
+
+
+def require_named(selection: Selection, traces: Sequence[Trace]) -> None:
+    """An error where a selection names addresses, and nothing is there: most often a misspelling.
+
+    To select nothing is no mistake: of generic code, with ``select()`` or a complement; or with an address that one of the
+    traces has, though it is absent at run time, in a branch that is not taken or behind the end of a chain; or with one of a
+    choice that is integrated out.
+
+    Args:
+      selection: the selection.
+      traces: the traces that it was meant for, such as that before a move and that after it.
+
+    Raises:
+      SelectionError: if it selects no choice of any trace, and none of the addresses that it names is one of theirs.
+    """
+    named = selection.addresses
+    if not named:
+        return
+    choices = [trace.strip() for trace in traces]
+    known = [address for part in choices for address in part.addresses()]
+    # Indices are no names: whether there is such an element is said elsewhere, and may not be known yet.
+    names = {_names(address)[:length] for address in known for length in range(len(address) + 1)}
+    if any(_names(address) in names for address in named):
+        return
+    if all(part.filter(selection).is_empty() for part in choices) and not any(map(_hides_choices, traces)):
+        raise SelectionError(_selects_nothing(selection, list(dict.fromkeys(known))))
+
+
+def _hides_choices(trace: Trace) -> bool:
+    parts = jax.tree.leaves(trace, is_leaf=lambda part: isinstance(part, Trace) and part.hides_choices)
+    return any(isinstance(part, Trace) for part in parts)
+
+
+def _names(address: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(component for component in address if isinstance(component, str))
+
+
+def _selects_nothing(selection: Selection, known: Sequence[Any]) -> str:
+    wanted = selection.addresses
+    asked = ", ".join(show_address(part) for part in wanted) or "nothing"
+    return f"The selection ({asked}) selects no choice of this trace. {nearest(wanted[0] if wanted else '', known)}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
