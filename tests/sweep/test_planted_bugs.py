@@ -5,19 +5,23 @@ Each is one of `Gen`'s or `GenJAX`'s, as their users met it, or a slip that is e
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from sweep.generate import Dialect
-from sweep.laws import Discrepancy
+from sweep.combinators import Network
+from sweep.generate import Dialect, Writer
+from sweep.laws import Discrepancy, Session
+from sweep.programs import Body, Call, Leaf, Map, Node
 from sweep.sweeping import sweep
 from sweep.writers import default_dialect
 
 import gjflax
 from gjflax.combinators.branching import Branching
+from gjflax.core import interface
 from gjflax.core.choice_map import ValueChoiceMap
 from gjflax.language import handlers, incremental
 
@@ -74,6 +78,41 @@ def test_a_misspelt_constraint_that_is_accepted(monkeypatch: pytest.MonkeyPatch)
     for module in (handlers, incremental):
         monkeypatch.setattr(module, "check_visited", lambda *args: None)
     finds_it(SIMPLE)
+
+
+def inline_network(writer: Writer) -> Body:
+    """A body that makes a network in two maps inline, and draws around what it gives. Random programs rarely hold one."""
+    network: Node = Network("network")
+    for length in (3, 2):
+        network = Map(network, length, (0,), False, False)
+    made = Call("means", ("means",), network, (writer.expression(network.inputs[0], []),), is_inline=True)
+    drawn = Leaf("Normal", (2,), (False, True))
+    args = tuple(writer.expression(kind, writer.known(made)) for kind in drawn.inputs)
+    return Body((), (made, Call("y", ("y",), drawn, args)), args[0], drawn.inputs[0])
+
+
+def try_inline_networks() -> None:
+    for seed in range(3):
+        writer = Writer(random.Random(seed).randrange, default_dialect())
+        session = Session(inline_network(writer), writer)
+        session.simulate()
+        for _ in range(4):
+            session.update()
+            session.regenerate()
+
+
+def test_parameters_that_do_not_reach_a_network_made_inline(monkeypatch: pytest.MonkeyPatch):
+    """Those of one scope were looked for, of several that a transformation has."""
+    try_inline_networks()
+
+    def of_one_scope(module: Any) -> bool:
+        return not module.scope.is_mutable_collection("params") and not jax.tree.leaves(
+            dict(module.scope.root.variables())
+        )
+
+    monkeypatch.setattr(interface, "_has_no_variables", of_one_scope)
+    with pytest.raises(Discrepancy, match="weight|score|retval"):
+        try_inline_networks()
 
 
 def test_a_weight_of_the_wrong_sign(monkeypatch: pytest.MonkeyPatch):
