@@ -161,7 +161,7 @@ def test_regenerate_redraws_what_is_selected_by_its_new_address():
         (~select(A), [C, M, Y]),
         (select("u") | select("q"), [C, Y]),
         (select("q", "y") & ~select("y"), [Y]),
-        (select("m"), []),
+        (select("m") & ~select(A), []),
     ):
         _, (_, weight, new) = renamed.regenerate(OTHER, tr, selection, (X + 0.5,))
         kept = [address for address in (A, C, M, Y) if address not in redrawn]
@@ -169,6 +169,9 @@ def test_regenerate_redraws_what_is_selected_by_its_new_address():
             same = np.array_equal(new[address], tr[address])
             assert same is (address in kept), address
         close(weight, total(terms(new, X + 0.5), of=kept) - total(before, of=kept))
+    # An address that the inner function alone knows is none here.
+    with pytest.raises(gjflax.SelectionError, match='"m".*Known here: .*"y"'):
+        renamed.regenerate(OTHER, tr, select("m"), (X,))
     _, (_, weight, new) = renamed.regenerate(OTHER, tr, select(("y", 1)), (Diff.no_change(X),))
     np.testing.assert_array_equal(new["y"] == tr["y"], [True, False, True])
     close(weight, np.sum(terms(new, X)[Y]) - np.sum(before[Y]))
