@@ -153,7 +153,7 @@ def require_named(selection: Selection, traces: Sequence[Trace]) -> None:
 
     To select nothing is no mistake: of generic code, with ``select()`` or a complement; or with an address that one of the
     traces has, though it is absent at run time, in a branch that is not taken or behind the end of a chain; or with one of a
-    choice that is integrated out.
+    choice that is integrated out; or of what has no choices, as a network.
 
     Args:
       selection: the selection.
@@ -167,6 +167,8 @@ def require_named(selection: Selection, traces: Sequence[Trace]) -> None:
         return
     choices = [trace.strip() for trace in traces]
     known = [address for part in choices for address in part.addresses()]
+    if not known:
+        return
     # Indices are no names: whether there is such an element is said elsewhere, and may not be known yet.
     names = {_names(address)[:length] for address in known for length in range(len(address) + 1)}
     if any(_names(address) in names for address in named):

@@ -208,7 +208,7 @@ def test_what_is_not_touched_stays_the_same_array():
     nothing = tuple(map(Diff.no_change, tr.get_args()))
     key, (retdiff, weight, new, discard) = model.update(KEY, tr, {}, nothing, param_diff=Diff.no_change)
     assert retdiff.change is Diff.no_change and weight == 0.0 and new is tr and discard.is_empty() and key is KEY
-    key, (retdiff, weight, new) = model.regenerate(KEY, tr, select("none"), nothing, param_diff=Diff.no_change)
+    key, (retdiff, weight, new) = model.regenerate(KEY, tr, select(), nothing, param_diff=Diff.no_change)
     assert retdiff.change is Diff.no_change and weight == 0.0 and new is tr and key is KEY
 
     leaves = Switch((Normal, gjflax.Laplace))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,3 +159,11 @@ def test_choices_that_are_integrated_out():
         _, (_, weight, _) = outer.regenerate(OTHER_KEY, old, select(address), (X,))
         np.testing.assert_allclose(weight, 0.0, atol=1e-6)
         assert float(outer.project(KEY, old, select(address))[1]) == 0.0
+
+
+def test_what_has_no_choices_at_all():
+    network = gjflax.FlaxModule(nn.Dense(2))
+    bound = network.bind(network.init(KEY, XS))
+    _, old = bound.simulate(KEY, (XS,))
+    assert float(bound.regenerate(OTHER_KEY, old, select("slope"), (XS,))[1][1]) == 0.0
+    assert float(bound.project(KEY, old, select("slope"))[1]) == 0.0
