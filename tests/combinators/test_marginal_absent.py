@@ -328,9 +328,7 @@ def drawn(name: str) -> Any:
     return jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), SIZE))
 
 
-each_algorithm = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "proposal of 2" else pytest.mark.slow) for name in ALGORITHMS]
-)
+each_algorithm = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS])
 
 
 @each_algorithm

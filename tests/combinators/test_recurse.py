@@ -464,6 +464,7 @@ def test_children_by_flags_and_a_leaf_alone():
     assert Recurse(right_only, collect, seven, 2, 0).simulate(KEYS[0], (1.0,))[1].get_retval() == 7
 
 
+@pytest.mark.slow
 def test_errors():
     @gen
     def leaf(u):

@@ -731,6 +731,7 @@ SLOW = (
     chain,
     grid,
     network,
+    network_in_maps,
     own_parameters,
     mapped_learned,
     mixture,
@@ -756,5 +757,5 @@ def _each(quick: tuple[Case, ...]) -> Any:
 each_case = _each(QUICK)
 """A law for every case."""
 
-each_case_with_parameters = _each((chain, network, network_in_maps, learned, mapped_learned))
+each_case_with_parameters = _each((chain, network, learned, mapped_learned))
 """A law for every case, which has little to say of those without parameters: by default it runs for one of these."""

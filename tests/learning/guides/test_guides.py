@@ -43,11 +43,10 @@ FLOWS = {
 }
 
 QUICK_FIRST = [
-    AutoNormal,
     AutoMultivariateNormal,
     *(
         pytest.param(make, marks=pytest.mark.slow)
-        for make in (NORMALS["low rank"], *FLOWS.values(), AutoLaplace, AutoDelta)
+        for make in (AutoNormal, NORMALS["low rank"], *FLOWS.values(), AutoLaplace, AutoDelta)
     ),
 ]
 

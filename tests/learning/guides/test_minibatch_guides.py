@@ -98,6 +98,7 @@ def of_dependent_supports(x):
     return trace("data", Map(bounded, in_axes=(None, 0), total=N))(trace("high", gjflax.Gamma)(2.0, 1.0), x)
 
 
+@pytest.mark.slow
 def test_supports_that_depend_on_a_choice_in_batches_of_another_size():
     guide = AutoNormal(of_dependent_supports, {("data", "y"): Y[:2]}, (X[:2],))
     indices = jnp.arange(3)
@@ -117,6 +118,7 @@ def test_supports_that_depend_on_a_choice_in_batches_of_another_size():
     np.testing.assert_allclose(dict(tr.leaves())["data", "z"].get_score(), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_of_a_population_has_no_doubly_reparameterised_gradient():
     """log q in the weight would not be the log density of the draw."""
     observed, indices = {("data", "y"): Y[:2]}, jnp.arange(2)
@@ -180,7 +182,7 @@ def test_amortised_density_by_hand():
         guide.bind(variables).simulate(KEY, ())
 
 
-@pytest.mark.parametrize("amortised", [False, True])
+@pytest.mark.parametrize("amortised", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_terms_and_divergences_of_each_choice(amortised):
     """KL(q || p) of normal choices by its formula, for the population's elements N/n times; and log p − log q by choice."""
     observed, batch, indices = {("data", "y"): Y[:2]}, X[:2], jnp.array([3, 1])
