@@ -22,12 +22,12 @@ class Inline(Renaming):
 
     Attributes:
       inner: the generative function. Its parameters are those of the `Inline`.
-      address: the address whose level goes. The addresses below it must be none of those that are at the top already.
+      address: the address whose level goes. The addresses below it must neither begin nor extend one at the top.
 
     Raises:
       InvalidAddressError: if `address` is no address.
       ArgumentError: if no choice of the inner function is below it.
-      DuplicateAddressError: if an address below it is at the top already.
+      DuplicateAddressError: if an address below it begins or extends one at the top.
 
     >>> import gjflax, jax
     >>> @gjflax.gen

@@ -310,7 +310,7 @@ class Marginal(GenerativeFunction):
         key, below = jax.random.split(key)
         given = self._visible(choices, strict)
         held = given
-        if any(not isinstance(part.static_indices, range) for part in all_vectors_in(given)):
+        if any(not isinstance(part.known_indices, range) for part in all_vectors_in(given)):
             # Where elements may be absent, some may be all that are there.
             held = self.kept_of(self.inner.importance(below, given, args, strict=strict)[1][1])
         trace = self._estimated(below, held, args, assessing=True)
@@ -528,7 +528,7 @@ def is_given(given: ChoiceMap, choices: ChoiceMap) -> Any:
     if isinstance(choices, VectorChoiceMap):
         if not isinstance(given, VectorChoiceMap):
             return is_given(given, choices.inner)
-        indices, length = given.static_indices, len(choices)
+        indices, length = given.known_indices, len(choices)
         if indices is not None and has_masked(choices):
             # Those that are absent need not be given.
             inner = given.inner if given.covers(length) else masked_elements(given.inner, np.asarray(indices), length)

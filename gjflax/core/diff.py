@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gjflax.core.errors import ArgumentError
-from gjflax.core.indices import certainly_repeat
+from gjflax.core.indices import certainly_outside, certainly_repeat
 from gjflax.core.pytree import Pytree, static_field
 
 
@@ -65,8 +65,14 @@ class Diff(Pytree):
           elements: the new value at these indices, where it is at hand.
 
         Raises:
-          ArgumentError: if the indices are known and repeat.
+          ArgumentError: if the indices are known, and repeat or are those of no element.
         """
+        for leaf in jax.tree.leaves(value):
+            if certainly_outside(indices, jnp.shape(leaf)[0]):
+                raise ArgumentError(
+                    "The indices of a `Diff.of_elements` are those of elements of the value, from 0 to "
+                    f"{jnp.shape(leaf)[0] - 1}; got {indices!r:.80}."
+                )
         if certainly_repeat(indices):
             raise ArgumentError(
                 f"The indices of a `Diff.of_elements` must not repeat; got {indices!r:.80}. Name every element once."

@@ -14,6 +14,14 @@ import numpy as np
 from jax.core import Tracer
 
 
+def certainly_outside(indices: Any, length: int) -> bool:
+    """Whether indices are known, and one is that of no element of a vector of this length: none counts from its end."""
+    if isinstance(indices, Tracer):
+        return False
+    known = np.asarray(indices)
+    return bool(np.any((known < 0) | (known >= length)))
+
+
 def certainly_repeat(indices: Any) -> bool:
     """Whether indices, on the last axis, are known and repeat."""
     if isinstance(indices, Tracer) or np.shape(indices)[-1] < 2:

@@ -36,7 +36,7 @@ def _given(label: str, logits: Any, probs: Any) -> Any:
 def _bernoulli_of_logits(value: Any, logits: Any) -> Any:
     # What depends on the value alone is chosen before it meets the logits: over samples these have one axis more, and XLA on a
     # CPU takes four times as long for a `where` whose flag is broadcast along the innermost axis.
-    sign = jnp.where(value == 1, -1.0, 1.0)
+    sign = jnp.where(value == 1, -1.0, jnp.where(value == 0, 1.0, 0.0))
     outside = jnp.where((value == 0) | (value == 1), 0.0, -jnp.inf)
     return outside - softplus(sign * logits)
 

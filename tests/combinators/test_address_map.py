@@ -334,7 +334,7 @@ def test_levels_go_one_by_one():
         return trace("first", renamed)(x) + trace("second", model)(x)
 
     flat = Inline(Inline(outer, "first"), "second")
-    with pytest.raises(DuplicateAddressError, match=r'moves \("second", "u"\) to "u".*choice at \("u", "a", "c"\)'):
+    with pytest.raises(DuplicateAddressError, match=r'moves .*"second".*choice at \("u", "a", "c"\)'):
         flat.simulate(KEY, (X,))
     one = Inline(outer, "first")
     _, tr = one.simulate(KEY, (X,))
@@ -386,8 +386,8 @@ def test_a_learned_function_brings_its_parameters_along():
     _, tr = other.bind({"params": {"mu": jnp.float32(3.0)}}).simulate(KEY, (1.0,))
     _, (_, weight, new, _) = other.update(KEY, tr, {"w": 1.5}, (2.0,))
     close(weight, norm(1.5, 5.0, 1.0) - norm(tr["w"], 4.0, 1.0))
-    _, (_, weight, _) = other.regenerate(KEY, tr, select("y"), tr.get_args())
-    close(weight, 0.0)
+    with pytest.raises(gjflax.SelectionError, match='Known here: "w"'):
+        other.regenerate(KEY, tr, select("y"), tr.get_args())
     close(other.choice_grad(KEY, tr, select("w"))[1]["w"], 4.0 - float(tr["w"]))
 
 

@@ -186,3 +186,9 @@ def test_one_index_costs_no_sorting_and_many_no_more_than_that():
 
     assert sorted_sizes(jnp.array([2])) == []
     assert sorted_sizes(jnp.array([2, 3])) == ["2"]
+
+
+@pytest.mark.parametrize("indices", [[-1], [2, -3], [-1, 4], [7]])
+def test_indices_of_no_element_in_a_difference(indices: list[int]) -> None:
+    with pytest.raises(ArgumentError, match="from 0 to 4"):
+        Diff.of_elements(jnp.arange(5.0), jnp.array(indices))

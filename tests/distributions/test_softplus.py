@@ -41,3 +41,11 @@ def test_the_curvature_of_a_logistic_likelihood_starts_right() -> None:
         return gjflax.Bernoulli.assess(jax.random.key(0), y, (x @ w,))[1][1]
 
     np.testing.assert_allclose(jax.hessian(log_likelihood)(jnp.zeros(2)), -0.25 * x.T @ x, rtol=1e-6)
+
+
+def test_outside_of_its_support_a_bernoulli_has_no_slope():
+    for value in (2, -1):
+        density = lambda logits, value=value: gjflax.Bernoulli.assess(jax.random.key(0), jnp.int32(value), (logits,))[
+            1
+        ][1]
+        assert density(0.3) == -jnp.inf and jax.grad(density)(0.3) == 0.0

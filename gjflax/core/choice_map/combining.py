@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gjflax.core.choice_map.base import BuiltinChoiceMap, ChoiceMap, EmptyChoiceMap, ValueChoiceMap, by_name
-from gjflax.core.choice_map.index_forms import map_vectors
+from gjflax.core.choice_map.index_forms import map_vectors, with_index_arrays
 from gjflax.core.choice_map.masks import flagged_alike, masked_below
 from gjflax.core.choice_map.vectors import VectorChoiceMap, each_element, vector
 from gjflax.core.errors import ChoiceMapError, show_address
@@ -61,6 +61,10 @@ def _combine_vectors(a: VectorChoiceMap, b: VectorChoiceMap, at: tuple[Any, ...]
         # Into a full vector the elements are written in place.
         return _scatter(a, b, (), at)
     below, above = flagged_alike(a.inner, b.inner, axes=1)
+    if jax.tree.structure(below) != jax.tree.structure(above):
+        # Vectors inside may have other indices in each element.
+        arrays = [with_index_arrays(part, (len(vectors),)) for part, vectors in ((below, a), (above, b))]
+        below, above = arrays if jax.tree.structure(arrays[0]) == jax.tree.structure(arrays[1]) else (below, above)
     same_addresses = jax.tree.structure(below) == jax.tree.structure(above)
     if ours is not None and theirs is not None and same_addresses and (overwrite or not set(ours) & set(theirs)):
         kept = np.asarray([position for position, index in enumerate(ours) if index not in theirs], np.int32)

@@ -31,7 +31,7 @@ class _Inputs(Rows):
     """What the encoder is given, with as many rows as elements, and what it made of it, once it ran."""
 
     inputs: Any = None
-    read: dict[Address, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    read: list[dict[Address, tuple[Any, Any]]] = dataclasses.field(default_factory=list)
 
     def shape(self, latent: Latent, event: tuple[int, ...]) -> tuple[int, ...]:
         return (*(len(self.indices) for _ in latent.plates), *event)
@@ -128,8 +128,9 @@ class AmortizedNormal(AutoGuide):
     def _normals(self, rows: Any) -> dict[Address, tuple[Any, Any]]:
         """Location and log scale of every choice. The encoder runs once: it may write statistics, and draw dropout."""
         if rows.read:
-            return rows.read
-        features, normals = self.encoder(rows.inputs), rows.read
+            return rows.read[0]
+        features, normals = self.encoder(rows.inputs), {}
+        rows.read.append(normals)
         heads = dict(self.heads)
         for latent in self.latents.each:
             lengths = features.shape[: len(latent.plates)]

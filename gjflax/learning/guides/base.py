@@ -101,7 +101,7 @@ class AutoGuide(GenerativeFunction):
 
     @nn.nowrap
     def location(self, rows: Rows) -> Points:
-        """The point of R^n that stands for the density: its mean or median."""
+        """The point of R^n that stands for the density: the location of a normal one, of a flow the image of 0."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -138,7 +138,7 @@ class AutoGuide(GenerativeFunction):
         if not given:
             trace = self._drawn(below, args)
             return key, (jnp.zeros_like(trace.get_score()), trace)
-        trace = self._trace_of_some(self.draw(below, rows), given, args)
+        trace = self._trace_of_some(self.draw(below, rows), given, rows, args)
         return key, (trace.project(_only(given)), trace)
 
     def assess(
@@ -190,8 +190,8 @@ class AutoGuide(GenerativeFunction):
         if not kept:
             new = self._drawn(below, args)
             return key, (unknown_change(new.get_retval()), jnp.zeros_like(new.get_score()), new)
-        drawn = self.draw(below, self._rows(args))
-        new = self._trace_of_some(drawn, {address: trace.values["/".join(address)] for address in kept}, args)
+        held, rows = {address: trace.values["/".join(address)] for address in kept}, self._rows(args)
+        new = self._trace_of_some(self.draw(below, rows), held, rows, args)
         weight = new.project(_only(kept)) - trace.project(_only(kept))
         return key, (unknown_change(new.get_retval()), weight, new)
 
@@ -306,7 +306,7 @@ class AutoGuide(GenerativeFunction):
         return trace.replace(values=_by_name(values))
 
     @nn.nowrap
-    def _trace_of_some(self, drawn: Points, given: Points, args: Arguments) -> GuideTrace:
+    def _trace_of_some(self, drawn: Points, given: Points, rows: Rows, args: Arguments) -> GuideTrace:
         """The trace of some values, and points for the rest."""
         if self.is_joint:
             raise self.refusal("the density of some choices given the others")
@@ -318,7 +318,6 @@ class AutoGuide(GenerativeFunction):
             values = {**self.latents.constrain(points, model_args)[0], **given}
             inverse = self.latents.unconstrain(values, model_args)
             points = {**points, **{address: inverse[address] for address in given}}
-        rows = self._rows(args)
         trace = self._trace(points, self.log_density(points, rows), rows, args)
         return trace.replace(values={**trace.values, **_by_name(given)})
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
+
 from gjflax.combinators.inline import Inline
+from gjflax.combinators.renaming import Moves
+from gjflax.core.choice_map import ChoiceMap
 from gjflax.core.errors import ArgumentError
 from gjflax.core.generative_function import GenerativeFunction
 from gjflax.language.gen import GenModule, trace
@@ -25,6 +29,14 @@ class _SideBySide(GenModule):
             trace(_name(number), guide)(*(args[number] if self.own_arguments else args))
             for number, guide in enumerate(self.guides)
         )
+
+
+class OptionalInline(Inline):
+    """An `Inline` of what may have no choice below its address: a guide of no choice."""
+
+    @nn.nowrap
+    def moves_of(self, *choices: ChoiceMap) -> Moves:
+        return super().moves_of(*choices) if any(self.address in part for part in choices) else Moves(())
 
 
 def _name(number: int) -> str:
@@ -73,5 +85,5 @@ def AutoGuides(*guides: Any, own_arguments: bool = False) -> GenerativeFunction:
             raise ArgumentError(f"`AutoGuides` takes generative functions; got {guide!r:.80}.")
     combined: Any = _SideBySide(tuple(guides), own_arguments)
     for number in range(len(guides)):
-        combined = Inline(combined, _name(number))
+        combined = OptionalInline(combined, _name(number))
     return combined

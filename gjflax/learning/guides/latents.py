@@ -143,12 +143,13 @@ class Program:
 
     def __init__(self, model: Any):
         self.model: Any = model.model if isinstance(model, Program) else model.as_unbound()
+        self._hash = hash(self.model)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.model == other.model
 
     def __hash__(self) -> int:
-        return hash(self.model)
+        return self._hash
 
     def __repr__(self) -> str:
         return repr(self.model)

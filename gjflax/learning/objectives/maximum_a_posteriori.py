@@ -73,8 +73,8 @@ class MAP(Objective):
             if not _is_point(site):
                 raise ArgumentError(
                     f"`guide` of `MAP` holds a point for each choice, and its choice at {show_address(site.address)} is drawn "
-                    f"from {site.distribution!r:.60}. Use `Deterministic` there, or a guide that is built from the model "
-                    "(`AutoDelta`); with a distribution as a guide use `ELBO`."
+                    f"from {type(site.distribution).__name__}. Use `Deterministic` or `AutoDelta` there, also in `AutoGuides`; "
+                    "or one guide that is built from the model; with a distribution as a guide use `ELBO`."
                 )
         return trace.strip()
 

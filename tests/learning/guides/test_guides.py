@@ -356,6 +356,19 @@ def test_of_no_choice(make):
     assert tr.strip().is_empty() and tr.get_score() == 0.0
 
 
+def test_guides_of_no_choice_side_by_side():
+    observed = {"y": 1.5, "z": 0.5}
+
+    @gen
+    def model():
+        z = trace("z", Normal)(1.0, 2.0)
+        trace("y", Normal)(z, 1.0)
+
+    objective = gjflax.ELBO(model, gjflax.AutoGuides(AutoNormal(model, observed), AutoDelta(model, observed)))
+    loss = objective.apply(objective.init(KEY, observed), observed, rngs={"choice": KEY})
+    close(loss, -norm.logpdf(0.5, 1.0, 2.0) - norm.logpdf(1.5, 0.5, 1.0))
+
+
 def test_guides_side_by_side_for_choices_of_one_map():
     """The score is the sum of both, by hand; an update by outer address reaches the right one; the ELBO is that of both."""
 

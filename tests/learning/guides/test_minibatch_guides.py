@@ -228,3 +228,39 @@ def test_terms_and_divergences_of_each_choice(amortised):
     np.testing.assert_allclose(
         sum(sampled["diagnostics"]["terms"].values()), sampled["diagnostics"]["log_weights"][0], rtol=1e-5
     )
+
+
+def test_an_encoder_runs_once_in_every_method():
+    """With dropout, the scores are those of the draws: of a narrow normal a point of another mask has a density of about 0."""
+
+    @gen
+    def pair():
+        a = trace("a", Normal)(0.0, 1.0)
+        b = trace("b", Normal)(0.0, 1.0)
+        trace("y", Normal)(a + b, 1.0)
+
+    class Encoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            calls = self.variable("batch_stats", "calls", lambda: jnp.zeros((), jnp.int32))
+            calls.value += 1
+            return nn.Dropout(0.5, deterministic=False)(x)
+
+    x = jnp.arange(1.0, 9.0)
+    guide = AmortizedNormal(pair, {"y": 1.0}, encoder=Encoder(), initial_scale=1e-3)
+    rngs = {name: jax.random.fold_in(KEY, number) for number, name in enumerate(("choice", "dropout"))}
+    variables = guide.init({"params": KEY, **rngs}, x)
+
+    def run(method, *args):
+        (_, result), written = guide.apply(variables, KEY, *args, method=method, rngs=rngs, mutable=["batch_stats"])
+        before = variables["batch_stats"]["encoder"]["calls"]
+        assert written["batch_stats"]["encoder"]["calls"] == before + 1, method
+        return result
+
+    tr = run("simulate", (x,))
+    _, given = run("importance", {"a": tr["a"]}, (x,))
+    _, _, redrawn = run("regenerate", tr, select("b"), (x,))
+    for one in (tr, given, redrawn):
+        assert all(leaf.get_score() > 0 for _, leaf in one.leaves()), (
+            "log densities at 4 standard deviations are above 0 here"
+        )
