@@ -124,9 +124,8 @@ def coin_flipped():
 
 def test_elements_that_are_given_by_a_jax_array_of_indices():
     marginal, y = Marginal(Map(coin_flipped, in_axes=None, repeats=3), "y", Enumerate()), jnp.array([0.4, -1.0, 2.0])
-    by_hand = np.sum(
-        special.logsumexp([np.log([0.7])[0] + stats.norm.logpdf(y), np.log(0.3) + stats.norm.logpdf(y, 2.0)], axis=0)
-    )
+    terms = [np.log(0.7) + stats.norm.logpdf(y), np.log(0.3) + stats.norm.logpdf(y, 2.0)]
+    by_hand = np.sum(special.logsumexp(terms, axis=0))
     for indices in (range(3), np.arange(3), jnp.arange(3), jnp.array([2, 0, 1])):
         given = VectorChoiceMap(indices, {"y": y[np.asarray(indices)]})
         np.testing.assert_allclose(marginal.assess(KEY, given, ())[1][1], by_hand, rtol=1e-5)
