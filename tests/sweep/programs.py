@@ -261,7 +261,7 @@ def made_inline(module: Any, path: str) -> Any:
             return {key: copy(part, f"{name}_{key}") for key, part in value.items()}
         return value
 
-    names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    names = [field.name for field in dataclasses.fields(module) if field.init and field.name not in ("parent", "name")]
     fields = {name: copy(getattr(module, name), f"{path}{_BELOW}{name}") for name in names}
     return type(module)(**fields, name=path)
 
