@@ -388,7 +388,8 @@ class Written(gjflax.GenModule):
 
     def setup(self) -> None:
         for part, callee in self.body.parts.items():
-            setattr(self, part, built(callee))
+            # As written it is made here; Flax takes one module in two places of a tree for shared.
+            setattr(self, part, built(callee).clone(parent=None, _deep_clone=True))
 
     @nn.compact
     def __call__(self, *args: Any) -> Any:

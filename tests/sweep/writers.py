@@ -37,9 +37,11 @@ from sweep.programs import Body, Call, Leaf, Map, Node, Train, any_axis
 def _map(writer: Writer, depth: int) -> Node:
     inner = writer.node(depth)
     length = _length_of(inner)
-    axes = tuple(_axis(writer, kind) for kind in inner.inputs)
-    is_mapped = any_axis(axes)
-    return Map(inner, length, axes, not is_mapped or writer.decide(4) == 3, _own(writer, inner))
+    drawn = tuple(_axis(writer, kind) for kind in inner.inputs)
+    is_repeated = not any_axis(drawn) or writer.decide(4) == 3
+    # Of what has no array there is no axis.
+    axes = tuple(axis if ex.leaves(kind) else None for axis, kind in zip(drawn, inner.inputs, strict=True))
+    return Map(inner, length, axes, is_repeated or not any_axis(axes), _own(writer, inner))
 
 
 def _length_of(inner: Node) -> int:
