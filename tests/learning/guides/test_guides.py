@@ -428,6 +428,7 @@ def test_of_a_model_whose_choice_is_at_the_root(make):
         close(elbo["diagnostics"]["log_weights"][0], norm.logpdf(leaves[0], *args).sum())
 
 
+@pytest.mark.slow
 def test_mistakes():
     @gen
     def discrete():

@@ -340,7 +340,8 @@ def test_the_bound_grows_with_samples_and_meets_the_evidence():
     assert abs(-elbo.mean() - bounds[0]) < 2 * errors[0]
 
 
-@pytest.mark.parametrize("make", [ELBO, pytest.param(AutoDelta, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [ELBO, AutoDelta])
 def test_objectives_are_called_alike(make):
     """Swapping the objective is one word, with the same variables; where the guide is a point, all but two are its density."""
     guide = (
