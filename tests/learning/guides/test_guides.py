@@ -356,6 +356,20 @@ def test_of_no_choice(make):
     assert tr.strip().is_empty() and tr.get_score() == 0.0
 
 
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=pytest.mark.slow) for make in (*FLOWS.values(), NORMALS["low rank"])]
+    + [AutoNormal, AutoMultivariateNormal],
+)
+def test_the_location_is_what_is_drawn_without_noise(make, monkeypatch):
+    guide = bound(make)
+    location = guide.at_location((X,))
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), dtype=jnp.float32: jnp.zeros(shape, dtype))
+    _, tr = guide.simulate(KEY, (X,))
+    for address in tr.strip().addresses():
+        close(location[address], tr[address], rtol=1e-5, atol=1e-6)
+
+
 def test_guides_of_no_choice_side_by_side():
     observed = {"y": 1.5, "z": 0.5}
 

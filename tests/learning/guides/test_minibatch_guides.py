@@ -217,6 +217,8 @@ def test_terms_and_divergences_of_each_choice(amortised):
     for address, leaf in bound.simulate(KEY, guide_args)[1].leaves():
         assert leaf.get_gen_fn() == Normal, address
         normals[address] = [np.asarray(arg, np.float64) for arg in leaf.get_args()]
+        want = jax.scipy.stats.norm.logpdf(leaf.get_retval(), *leaf.get_args())
+        np.testing.assert_allclose(leaf.get_score(), want, rtol=1e-4, err_msg="not what the value was drawn from")
     for address, mean, prior_scale, factor in ((("mu",), 0.0, 2.0, 1.0), (("data", "z"), 0.5, 1.3, N / 2)):
         loc, scale = normals[address]
         name = "/".join(address)
